@@ -1,0 +1,40 @@
+# Every target sets up what it needs. PYTHON chooses the interpreter, VENV the folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+.PHONY: setup demo test check bench docs clean
+
+# torch first and alone: asked for by another package, pip may choose a build with gigabytes of GPU
+# libraries.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/fedmerge compare --settings concept-mix,domain,dirichlet \
+	  --methods fedmerge,fedavg,fedavg-ft,fedprox,local,ifca-warm,ditto \
+	  --seeds 0-2 --out $(OUT)/demo
+
+check: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+docs: setup
+	$(BIN)/pdoc --output-directory $(OUT)/docs fedmerge
+
+clean:
+	rm -rf $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,130 @@
+"""The methods, and how a text such as "ifca-warm:d=8" names one.
+
+A method is one short file beside this one and one line in `METHODS`; see docs/adding_a_method.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+
+from ..errors import ConfigError, did_you_mean
+from .base import Algorithm, Fold, Local, Setup, Tensors, Ticket, Trainer, Updates
+from .ditto import Ditto
+from .fedavg import FedAvg
+from .fedmerge import FedMerge
+from .fedmerge_paper import FedMergePaper
+from .fedprox import FedProx
+from .ifca import IFCA
+from .local_only import LocalOnly
+
+METHODS: dict[str, tuple[type[Algorithm], Mapping[str, object]]] = {
+    "fedmerge": (FedMerge, {}),
+    "fedavg": (FedAvg, {}),
+    "fedavg-ft": (FedAvg, {"finetune": 5}),
+    "fedprox": (FedProx, {}),
+    "local": (LocalOnly, {}),
+    "ifca": (IFCA, {}),
+    "ifca-warm": (IFCA, {"warm": 5}),
+    "ditto": (Ditto, {}),
+}
+"""Each name with its class and the options that the name stands for."""
+
+RULES: dict[str, type[Algorithm]] = {"default": FedMerge, "paper": FedMergePaper}
+"""What `rule` in "fedmerge:rule=..." chooses."""
+
+
+def make_method(text: str) -> Algorithm:
+    """Make the method named by `text`: "name" or "name:key=value:key=value".
+
+    A name with a dot is a class of the caller's own, imported: "my_methods.FedAvgM:beta=0.9".
+
+    Raises:
+        ConfigError: an unknown name or key, or a value that does not fit.
+    """
+    name, *pairs = text.split(":")
+    kind, preset = _find(name)
+    options: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not value:
+            raise ConfigError(f'method "{text}": "{pair}" is not of the form key=value')
+        if key in options:
+            raise ConfigError(f'method "{text}": "{key}" is given twice')
+        options[key] = value
+    if kind is FedMerge and "rule" in options:
+        rule = options.pop("rule")
+        if rule not in RULES:
+            raise ConfigError(
+                f'method "{text}": there is no rule "{rule}"{did_you_mean(rule, RULES)}'
+            )
+        kind = RULES[rule]
+    types = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    names = [*known, "rule"] if name == "fedmerge" else known
+    values: dict[str, object] = dict(preset)
+    for key, value in options.items():
+        if key not in known:
+            hint = did_you_mean(key, names) if names else "; it has no options"
+            raise ConfigError(f'method "{name}" has no option "{key}"{hint}')
+        values[key] = _parse(text, key, value, types[key])
+    return kind(**values)
+
+
+def _find(name: str) -> tuple[type[Algorithm], Mapping[str, object]]:
+    if name in METHODS:
+        return METHODS[name]
+    module, dot, leaf = name.rpartition(".")
+    if not dot:
+        raise ConfigError(f'there is no method "{name}"{did_you_mean(name, METHODS)}')
+    try:
+        kind = getattr(importlib.import_module(module), leaf)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f'method "{name}" cannot be imported ({error}): is its folder on PYTHONPATH?'
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Algorithm) and is_dataclass(kind)):
+        raise ConfigError(f'method "{name}": wanted a dataclass that extends fedmerge.Algorithm')
+    return kind, {}
+
+
+def _parse(text: str, key: str, value: str, wanted: object) -> object:
+    kinds = typing.get_args(wanted) or (wanted,)
+    words = {"true": True, "false": False}
+    if bool in kinds and value.lower() in words:
+        return words[value.lower()]
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if str in kinds:
+        return value
+    named = " or ".join(k.__name__ for k in kinds if isinstance(k, type) and k is not type(None))
+    raise ConfigError(f'method "{text}": {key} = "{value}": wanted {named}')
+
+
+__all__ = [
+    "IFCA",
+    "METHODS",
+    "RULES",
+    "Algorithm",
+    "Ditto",
+    "FedAvg",
+    "FedMerge",
+    "FedMergePaper",
+    "FedProx",
+    "Fold",
+    "Local",
+    "LocalOnly",
+    "Setup",
+    "Tensors",
+    "Ticket",
+    "Trainer",
+    "Updates",
+    "make_method",
+]

@@ -1,0 +1,37 @@
+"""Federated averaging, and the same with fine-tuning at the client before use.
+
+McMahan et al., "Communication-efficient learning of deep networks from decentralized data",
+AISTATS 2017. One global model; the round itself is that of the base class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .base import Algorithm, Setup, Tensors, Trainer
+
+
+@dataclass(frozen=True)
+class FedAvg(Algorithm):
+    """FedAvg.
+
+    Attributes:
+        finetune: epochs of local training before the model is used; 0 for none. They change what is
+            evaluated as `merged`, never what is sent back.
+    """
+
+    name: ClassVar[str] = "fedavg"
+    finetune: int = 0
+
+    def __post_init__(self) -> None:
+        if self.finetune < 0:
+            raise ConfigError(f"{self.name}: finetune = {self.finetune}: wanted 0 or more epochs")
+
+    def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
+        if not self.finetune:
+            return message[:, 0]
+        return trainer.fit(message[:, 0], epochs=self.finetune, purpose="finetune")[0]

@@ -1,0 +1,93 @@
+"""FedMerge as the authors' published code does it: the reference rule.
+
+Chen, Zhou, Long, Jiang and Zhang, "FedMerge: federated personalization via model merging", AAAI
+2026. Rows are scaled by the whole cohort before the models move, so the server holds the cohort's
+updates, O(k P), until the round ends; the default rule does not need that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..local import Proximal
+from ..merging import ModelSum, block_scores, merge_weighted, merging_weights, paper_row_step
+from .base import Algorithm, Fold, Local, Setup, Tensors, Trainer, Updates
+
+
+@dataclass(frozen=True)
+class FedMergePaper(Algorithm):
+    """FedMerge with the reference rule.
+
+    Attributes:
+        d: number of global models, each from a random initialisation of its own; None: 5, or one
+            per client if there are fewer clients.
+        logit_step: how far the fastest logit moves in a round.
+        prox: weight of ||p - p_received||^2 in the local loss.
+    """
+
+    name: ClassVar[str] = "fedmerge:rule=paper"
+    d: int | None = None
+    logit_step: float = 0.01
+    prox: float = 0.01
+
+    def __post_init__(self) -> None:
+        least = {"logit_step": 0.0, "prox": 0.0, "d": 1}
+        for key, bound in least.items():
+            value = getattr(self, key)
+            if value is not None and not bound <= value < math.inf:
+                raise ConfigError(f"{self.name}: {key} = {value}: wanted {bound:g} or more")
+
+    def resolve(self, n_clients: int | None) -> Self:
+        made = super().resolve(n_clients)
+        return made if made.d else replace(made, d=min(5, n_clients or 5))
+
+    def shared(self, setup: Setup) -> Tensors:
+        return {"models": torch.stack([setup.initial(j) for j in range(self.d or 5)])}
+
+    def rows(self, setup: Setup, k: int) -> Tensors:
+        return {"logits": torch.zeros(k, 1, self.d or 5, dtype=torch.float64)}
+
+    def weights(self, setup: Setup, rows: Tensors) -> Tensor:
+        return merging_weights(rows["logits"])
+
+    def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
+        return merge_weighted(shared["models"], merging_weights(rows["logits"]))[:, None]
+
+    def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
+        start = message[:, 0]
+        # ||.||^2 without the half of a proximal term: twice the weight.
+        end, steps = trainer.fit(start, proximal=Proximal(start, 2 * self.prox))
+        return Local(setup.layout.update(start, end), steps, memory, end)
+
+    def fold(
+        self,
+        setup: Setup,
+        shared: Tensors,
+        rows: Tensors,
+        updates: Updates,
+        fold: Fold,
+        version: int,
+    ) -> None:
+        fold.parts.append(
+            {"logits": rows["logits"], "delta": updates.delta, "n": updates.n_examples.double()}
+        )
+
+    def commit(
+        self, setup: Setup, shared: Tensors, fold: Fold, version: int
+    ) -> tuple[Tensors, Tensors]:
+        if not fold.parts:
+            return shared, {}
+        models, delta, n = shared["models"], fold.gathered("delta"), fold.gathered("n")
+        scores = block_scores(delta, models, setup.layout.spans[-1:])[:, 0]
+        logits = paper_row_step(
+            fold.gathered("logits")[:, 0], scores, n, logit_step=self.logit_step
+        )
+        total = ModelSum.for_layout(setup.layout, len(models))
+        total.add((merging_weights(logits) * n[:, None])[:, None], delta)
+        return {**shared, "models": total.step(models)}, {"logits": logits[:, None]}

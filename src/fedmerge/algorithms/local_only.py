@@ -1,0 +1,48 @@
+"""Local training only: every client keeps its own model and nothing travels.
+
+The floor of every comparison: a client that does worse than this is better off alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .base import Algorithm, Local, Setup, Tensors, Trainer
+
+
+@dataclass(frozen=True)
+class LocalOnly(Algorithm):
+    """Each client trains its own model from one common random initialisation."""
+
+    name: ClassVar[str] = "local"
+    sends_update: ClassVar[bool] = False
+
+    def shared(self, setup: Setup) -> Tensors:
+        return {}
+
+    def memory(self, setup: Setup, k: int) -> Tensors:
+        return {"model": setup.initial(0).repeat(k, 1)}
+
+    def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
+        return setup.initial(0).new_empty(k, 0, setup.layout.size)
+
+    def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
+        end, steps = trainer.fit(memory["model"])
+        return Local(end.new_empty(len(end), 0), steps, {"model": end}, end)
+
+    def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
+        return memory["model"]
+
+    def fold(
+        self,
+        setup: Setup,
+        shared: Tensors,
+        rows: Tensors,
+        updates: object,
+        fold: object,
+        version: int,
+    ) -> None:
+        """Nothing is gathered."""

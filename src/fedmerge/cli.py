@@ -1,0 +1,325 @@
+"""The command line: `fedmerge run | compare | data | report`.
+
+It reads options, shows progress and results, and turns every error into one line; it computes
+nothing, and loads the heavy parts only inside the command that needs them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .config import RunConfig, import_core, load_config, run_cell
+from .errors import ConfigError, FedmergeError, did_you_mean
+
+if TYPE_CHECKING:
+    from .compare.cells import Cell
+    from .sim import RoundLog
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class StoppedError(Exception):
+    """Ctrl-C; the text says what was kept."""
+
+
+class OneLine(TyperGroup):
+    """The group of commands; whatever goes wrong in one ends as a line on stderr."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line and end the process with its exit code."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except StoppedError as error:
+            _complain(str(error))
+            code = 130
+        except FedmergeError as error:
+            _complain(str(error))
+            code = 2
+        except UsageError as error:
+            _complain(_usage_text(error))
+            code = 2
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename else ""
+            _complain(f"{what}{error.strerror or error}; what is written stays whole")
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, where Ctrl-C is not yet turned into something else."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise StoppedError("stopped; nothing was under way that had to be kept") from error
+
+
+def _debugging() -> bool:
+    return os.environ.get("FEDMERGE_DEBUG") == "1"
+
+
+def _complain(text: str) -> None:
+    if _debugging() and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    if text:  # without a command, the help is shown already
+        print(f"fedmerge: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _usage_text(error: Exception) -> str:
+    option, near = (getattr(error, name, None) for name in ("option_name", "possibilities"))
+    if option is not None and near:
+        return f'unknown option "{option}"{did_you_mean(option, near)}'
+    text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    context = getattr(error, "ctx", None)
+    return f"{text} Try: {context.command_path} --help" if text and context is not None else text
+
+
+app = typer.Typer(
+    cls=OneLine, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def config_options(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each setting of a run but those in `without`.
+
+    The command receives the settings that were given, as text, in its keyword arguments.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters = own + [_option(name) for name in RunConfig.model_fields if name not in without]
+
+        @wraps(command)
+        def given(**values: Any) -> None:
+            unset = RunConfig.model_fields.keys() - {parameter.name for parameter in own}
+            command(**{k: v for k, v in values.items() if v is not None or k not in unset})
+
+        given.__dict__["__signature__"] = inspect.Signature(parameters)
+        given.__annotations__ = {one.name: one.annotation for one in parameters}
+        return given
+
+    return decorate
+
+
+def _option(name: str) -> inspect.Parameter:
+    field = RunConfig.model_fields[name]
+    default = "none" if field.default is None else field.default
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=f"{field.description} (default {default})",
+        metavar=name.upper(),
+        show_default=False,
+        rich_help_panel="Settings of a run (the keys of CONFIG.toml)",
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        try:
+            print(f"fedmerge {metadata.version('fedmerge')}")
+        except metadata.PackageNotFoundError:
+            print("fedmerge, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="show the version"),
+    ] = False,
+) -> None:
+    """Personalised federated learning by model merging."""
+
+
+QUIET = typer.Option("--quiet", help="no progress, only the result")
+SECONDS = typer.Option(min=0, metavar="X", help="seconds from one checkpoint to the next")
+
+
+@app.command()
+@config_options()
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="settings; options override them")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for log, checkpoint and result")] = None,
+    quiet: Annotated[bool, QUIET] = False,
+    checkpoint_seconds: Annotated[float, SECONDS] = 30,
+    **overrides: str,
+) -> None:
+    """Train one method in one setting; started again with the same --out, it goes on."""
+    settings = load_config(config, overrides)
+    done = 0
+    try:
+        from .compare import folder, screen
+
+        if out is not None:
+            folder.check_writable(out)
+            folder.check_config(out, settings.model_dump(mode="json"))
+            if folder.read_result(out) is not None:
+                print(f"The run in {out} is finished; this is its result, nothing was run again.")
+        with screen.rounds_bar(settings.method, settings.rounds, quiet) as show:
+
+            def on_round(log: RoundLog) -> None:
+                nonlocal done
+                done = log.round
+                show(log)
+
+            result = settings.run(out, on_round, checkpoint_seconds)
+    except KeyboardInterrupt as error:
+        kept = "nothing was kept, as no --out was given"
+        if out is not None:
+            kept = f"{out} keeps what was done, and the same command goes on from there"
+        raise StoppedError(f"stopped after round {done} of {settings.rounds}; {kept}") from error
+    screen.print_result(result)
+
+
+@app.command()
+@config_options("setting", "method", "seed")
+def compare(
+    settings: Annotated[str, typer.Option(metavar="A,B", help='settings, or "all"')],
+    methods: Annotated[
+        str, typer.Option(metavar="X,Y:key=value", help='methods with their options, or "all"')
+    ],
+    out: Annotated[Path, typer.Option(help="folder for runs, results.jsonl and report.html")],
+    seeds: Annotated[str, typer.Option(metavar="0-4", help='e.g. "0-4" or "0,3,7-9"')] = "0-4",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="processes", show_default="one for each CPU"),
+    ] = None,
+    quiet: Annotated[bool, QUIET] = False,
+    **overrides: str,
+) -> None:
+    """Run every method in every setting with every seed; started again, it goes on."""
+    load_config(None, overrides)  # the options first: they are checked at once
+    done = total = 0
+    try:
+        from .compare import cells as parts
+        from .compare import folder, results, screen
+        from .compare.runner import Crew
+
+        def configure(setting: str, method: str, seed: int) -> dict[str, Any]:
+            own = {"setting": setting, "method": method, "seed": seed}
+            return load_config(None, {**overrides, **own}).model_dump(mode="json")
+
+        cells = parts.make_cells(
+            configure,
+            parts.parse_names("--settings", settings, _every_setting),
+            parts.parse_names("--methods", methods, _every_method),
+            parts.parse_seeds(seeds),
+        )
+        folder.check_writable(out)
+        todo = results.unfinished_cells(cells, out)
+        total, done = len(cells), len(cells) - len(todo)
+        size = min(workers or os.cpu_count() or 1, len(todo))
+        failures = []
+        with Crew(run_cell, size, import_core) as crew:
+            _check_cells(todo)
+            with screen.cells_bar(total, done, quiet) as show:
+                for outcome in crew.run(todo, out):
+                    show(outcome.cell.name)
+                    done += outcome.error is None
+                    if outcome.error is not None:
+                        failures.append(outcome)
+        screen.print_comparison(cells, out)
+    except KeyboardInterrupt as error:
+        kept = (
+            f"{done} of {total} cells are finished and kept in {out}"
+            if total
+            else "no cell has run"
+        )
+        raise StoppedError(f"stopped; {kept}; the same command goes on from there") from error
+    for failure in failures:
+        if _debugging():
+            print(failure.details, file=sys.stderr)
+        _complain(f"{failure.cell.name}: {failure.error}")
+    if failures:
+        _complain(
+            f"{len(failures)} of {total} cells failed; the others are kept in {out}, "
+            "and the same command runs only those that failed again"
+        )
+        raise typer.Exit(1)
+
+
+def _every_setting() -> Iterable[str]:
+    from .data import SETTINGS
+
+    return SETTINGS
+
+
+def _every_method() -> Iterable[str]:
+    from .algorithms import METHODS
+
+    return METHODS
+
+
+def _check_cells(cells: Sequence[Cell]) -> None:
+    """Build each method in each setting once, so that what cannot run is said before all work."""
+    first: dict[str, dict[str, RunConfig]] = {}
+    for cell in cells:
+        config = load_config(None, cell.config)
+        first.setdefault(config.setting, {}).setdefault(config.method, config)
+    for methods in first.values():
+        federation = next(iter(methods.values())).federation()
+        for config in methods.values():
+            config.simulation(federation)
+
+
+@app.command()
+@config_options(*(RunConfig.model_fields.keys() - {"data", "clients", "train_fraction", "seed"}))
+def data(
+    setting: Annotated[str, typer.Argument(metavar="SETTING", help="see `fedmerge compare`")],
+    out: Annotated[Path | None, typer.Option(metavar="PICTURE.png", help="draw it, too")] = None,
+    **overrides: str,
+) -> None:
+    """Show how a setting divides the data over the clients."""
+    config = load_config(None, {**overrides, "setting": setting})
+    from .compare.screen import print_clients
+    from .data import describe
+
+    federation = config.federation()
+    rows = describe(federation)
+    print_clients(federation, rows)
+    if out is None:
+        return
+    if federation.task != "classification":
+        raise ConfigError(f'--out: setting "{setting}" has values for labels, nothing to draw')
+    from .report.drawing import save
+    from .report.heatmap import LabelCounts, data_split
+
+    counts = [LabelCounts(row.id, row.kind, row.label_counts.tolist()) for row in rows]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(data_split(counts, federation.name), out)
+    print(f"The picture is {out}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="of `fedmerge compare` or `run`")],
+) -> None:
+    """Make the page of finished runs anew."""
+    from .report.page import write_report
+
+    print(f"The page is {write_report(folder)}")

@@ -1,0 +1,64 @@
+"""One run from its settings to its result, in a folder that a kill at any instant leaves usable.
+
+It is the only way to a run folder, for a single run and for the cell of a comparison alike; the
+rounds themselves, and the checkpoint, are the simulation's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import folder as files
+
+if TYPE_CHECKING:
+    from ..sim import RoundLog, Simulation
+
+
+def execute(
+    config: Mapping[str, Any],
+    build: Callable[[Path | None], Simulation],
+    folder: Path | None = None,
+    on_round: Callable[[RoundLog], object] = lambda log: None,
+) -> dict[str, Any]:
+    """Return the result of a run; go on with the one in `folder`, or return it if it is finished.
+
+    Args:
+        config: every setting of the run, JSON values.
+        build: makes the simulation of these settings, given where to keep its checkpoint.
+        folder: run folder, or None to keep nothing.
+        on_round: called with the log of each round that is run now.
+
+    Raises:
+        StateError: the folder cannot be written, or holds a run with other settings.
+    """
+    if folder is None:
+        simulation = build(None)
+        for log in simulation.rounds():
+            on_round(log)
+        return _result(config, simulation)
+    files.check_writable(folder)
+    files.check_config(folder, config)
+    finished = files.read_result(folder)
+    if finished is not None:
+        return finished
+    # Settings that cannot be run must not claim the folder, so they are written after this.
+    simulation = build(folder / files.CHECKPOINT)
+    files.write_config(folder, config)
+    # The checkpoint decides: rounds after it are run, and logged, again.
+    files.write_log(folder, [log.to_json() for log in simulation.history])
+    for log in simulation.rounds():
+        files.append_log(folder, log.to_json())
+        on_round(log)
+    result = _result(config, simulation)
+    files.write_result(folder, result)
+    return result
+
+
+def _result(config: Mapping[str, Any], simulation: Simulation) -> dict[str, Any]:
+    found = simulation.result()
+    # Summed over the rounds, so that it does not matter how often the run was stopped.
+    seconds = sum(sum(log.seconds.values()) for log in simulation.history)
+    named = {key: config[key] for key in ("setting", "data", "method", "seed")}
+    return {**named, "rounds": found["rounds"], "seconds": seconds, **found}

@@ -1,0 +1,141 @@
+"""The folder of one run: its settings, its log and its result, each whole at every instant.
+
+It keeps plain JSON and decides when a run may go on; it does not know what a run computes, and the
+checkpoint inside belongs to the simulation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import StateError
+
+CONFIG = "config.json"
+LOG = "log.jsonl"
+RESULT = "result.json"
+CHECKPOINT = "checkpoint"
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and try to write into it, before any work is spent.
+
+    Raises:
+        StateError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"fedmerge")
+    except OSError as error:
+        raise StateError(
+            f"--out {folder} cannot be written ({error.strerror or error}); choose another folder"
+        ) from error
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds a run with other settings; an empty folder is fine.
+
+    Raises:
+        StateError: the settings differ (the text names them), or cannot be read.
+    """
+    stored = read_json(folder / CONFIG)
+    if stored is None:
+        foreign = [name for name in (LOG, RESULT, CHECKPOINT) if (folder / name).exists()]
+        if foreign:
+            raise StateError(f"{folder} holds {foreign[0]} but no {CONFIG}; choose another --out")
+        return
+    differing = [
+        f"{key} is {_show(stored, key)} there and {_show(config, key)} here"
+        for key in sorted({*stored, *config})
+        if (key in stored, stored.get(key)) != (key in config, config.get(key))
+    ]
+    if differing:
+        raise StateError(
+            f"{folder} holds a run with other settings: {'; '.join(differing)}; "
+            "choose another --out"
+        )
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Claim `folder` for the run that `config` describes."""
+    write_json(folder / CONFIG, config)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return the result of the finished run in `folder`, or None while it is not finished."""
+    return read_json(folder / RESULT)
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write the result, which marks the run as finished."""
+    write_json(folder / RESULT, result)
+
+
+def write_log(folder: Path, rounds: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the log by `rounds`: one line for each, none cut in half, none twice."""
+    write_lines(folder / LOG, rounds)
+
+
+def append_log(folder: Path, log: Mapping[str, Any]) -> None:
+    """Add one round; a line that a kill cuts in half is repaired by `write_log` on resuming."""
+    with (folder / LOG).open("ab") as file:
+        file.write(_line(log).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in `path`, or None where there is no such file.
+
+    Raises:
+        StateError: the file cannot be read, or does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise StateError(f"{path} is damaged ({error}); remove it or choose another --out") from (
+            error
+        )
+    if not isinstance(value, dict):
+        raise StateError(f"{path} is damaged (not an object); remove it or choose another --out")
+    return value
+
+
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `path` by `values`, each a line of JSON, whole or not at all."""
+    _replace(path, "".join(map(_line, values)))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` by `value` as JSON, whole or not at all."""
+    _replace(path, _line(value))
+
+
+def _replace(path: Path, text: str) -> None:
+    from ..store import write_atomic  # here, as it takes a second: reading needs no torch
+
+    write_atomic(path, text.encode())
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Null for numbers that JSON cannot hold: the infinite loss of a run that diverged."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _show(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key]) if key in config else "missing"

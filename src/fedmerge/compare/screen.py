@@ -1,0 +1,188 @@
+"""What the terminal shows of runs: progress while they go on, and small tables at their end.
+
+It prints what it is given; the table of a comparison and its statistics are the report's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import MissingExtraError
+from ..report.page import write_report
+from ..report.runs import is_fedmerge
+from ..report.tables import (
+    comparison,
+    findings,
+    load_runs,
+    print_table,
+    size_text,
+    value_text,
+)
+from .cells import Cell
+from .results import collect_rows, write_rows
+
+if TYPE_CHECKING:
+    from ..data import ClientRow, Federation
+    from ..sim import RoundLog
+
+
+@contextmanager
+def _progress(title: str, total: int, quiet: bool) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    hidden = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        yield bar, bar.add_task(title, total=total, note="")
+
+
+@contextmanager
+def rounds_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[RoundLog], None]]:
+    """Show the rounds of one run; the function given takes the log of each."""
+    note = ""
+    with _progress(title, total, quiet) as (bar, task):
+
+        def show(log: RoundLog) -> None:
+            nonlocal note
+            found = log.metrics.get("merged", {}).get("test", {})
+            for metric in ("loss", "accuracy"):
+                summary = found.get(metric)
+                if summary is not None:
+                    note = f"{metric} {summary.mean:.3f}"
+            bar.update(task, completed=log.round, note=note)
+
+        yield show
+
+
+@contextmanager
+def cells_bar(total: int, done: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show the cells of a comparison; the function given takes the name of each that ended."""
+    with _progress("cells", total, quiet) as (bar, task):
+        bar.update(task, completed=done)
+
+        def show(name: str) -> None:
+            bar.update(task, advance=1, note=name)
+
+        yield show
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Print what one run reached on test data, and what it cost."""
+    grid = Table("model", box=box.SIMPLE_HEAD)
+    for heading in ("accuracy", "worst tenth", "loss"):
+        grid.add_column(heading, justify="right")
+    for model, scores in result["models"].items():
+        values = [
+            value_text(metric, scores[metric])
+            for metric in ("accuracy", "accuracy_worst_decile", "loss")
+        ]
+        grid.add_row(model, *values)
+    gaps = [value_text(name, result[name]) for name in ("gap_train", "gap_test")]
+    console = _console()
+    _say(
+        console,
+        f"{result['method']} on {result['data']}/{result['setting']}, seed {result['seed']}, "
+        f"{result['rounds']} rounds, test data",
+    )
+    console.print(grid)
+    _say(
+        console,
+        f"local-global gap {gaps[0]} (train), {gaps[1]} (test)"
+        f" · {size_text(result['bytes_up'])} up, {size_text(result['bytes_down'])} down"
+        f" per client and round · {result['seconds']:.1f} s",
+    )
+    if result["refused"]:
+        refused = ", ".join(f"{n} {reason}" for reason, n in result["refused"].items())
+        _say(console, f"refused updates: {refused}")
+
+
+def print_clients(federation: Federation, rows: Sequence[ClientRow]) -> None:
+    """Print one line for each client: its kind, the sizes of its splits, and its labels."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid.add_column("client", no_wrap=True)
+    grid.add_column("kind", no_wrap=True)
+    for heading in ("train", "valid.", "test"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    if federation.task == "classification":
+        grid.add_column(f"examples of label 0 to {federation.n_outputs - 1}")
+    for row in rows:
+        sizes = map(str, (row.n_train, row.n_validation, row.n_test))
+        labels = [_labels(row.label_counts.tolist())] if len(row.label_counts) else []
+        grid.add_row(Text(row.id), Text(row.kind or "–"), *sizes, *labels)
+    console = _console()
+    _say(console, f"{federation.name}: {len(rows)} clients")
+    console.print(grid)
+
+
+def _labels(counts: Sequence[int]) -> str:
+    """Counts in the order of the labels; of many labels, the five that the client has most of."""
+    if len(counts) <= 12:
+        width = len(str(max(counts)))
+        return " ".join(f"{n or '·':>{width}}" for n in counts)
+    held = sorted((label for label, n in enumerate(counts) if n), key=lambda i: -counts[i])
+    most = ", ".join(f"{label}: {counts[label]}" for label in held[:5])
+    return f"{len(held)} labels; {most}{', …' if len(held) > 5 else ''}"
+
+
+def print_comparison(cells: Sequence[Cell], out: Path) -> None:
+    """Write results.jsonl and the page of what is finished; print the table and the findings."""
+    rows = collect_rows(cells, out)
+    path = write_rows(out, rows)
+    if not rows:
+        return
+    page: str
+    try:
+        page = f"The page is {write_report(out)}"
+    except MissingExtraError as error:
+        page = f"There is no page: {error}, then `fedmerge report {out}`"
+    names = {cell.name for cell in cells}
+    runs = load_runs(out)
+    asked = [run for run in runs if run.folder in names]
+    console = _console()
+    for metric in ("accuracy", "loss"):
+        # Settings with values to predict have no accuracy; they get a table of their own.
+        fits = {row["setting"] for row in rows if (row["accuracy"] is None) == (metric == "loss")}
+        some = [run for run in asked if run.setting in fits]
+        if some:
+            print_table(comparison(some, "merged", metric), console)
+    found = findings(asked)
+    lines = [found.headline, f"{page}; the numbers are in {path}."]
+    if len(runs) > len(asked):
+        lines.append(f"The page also shows {len(runs) - len(asked)} earlier runs in {out}.")
+    lines += found.not_won
+    methods = {run.method for run in asked}
+    if not found.not_won and len(methods) > 1 and any(map(is_fedmerge, methods)):
+        lines.append("There is no setting in which another method had the better mean.")
+    for line in lines:
+        _say(console, line)
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough that no number is cut off."""
+    return Console(width=None if sys.stdout.isatty() else 240)
+
+
+def _say(console: Console, line: str) -> None:
+    """Print `line` as it is: a path must not be cut, nor a bracket taken for markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,269 @@
+"""Merging and learning the merge: pure functions over rows of numbers.
+
+Everything here is about matrices: models (d, P), logits and weights (m, d) or (m, b, d), updates
+(k, P). It knows no clients, no rounds and no network.
+
+Signs and units: `delta` = start - end of local training, in parameter units (a pseudo-gradient, so
+the models move by minus delta); `scores[i, j]` = <delta_i, models_j>, all that a row's gradient
+needs, since <delta_i, models_j - merged_i> = scores_ij - sum_j weights_ij scores_ij.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+from .params import Layout
+from .rng import numpy_generator
+
+Segments = Sequence[tuple[int, int, int]]
+
+FLOOR = 1e-6
+"""Least weight that a row's step starts from, so that an unused model can come back."""
+
+
+def merging_weights(logits: Tensor) -> Tensor:
+    """Softmax over the models: logits (..., d) to weights (..., d), each row summing to 1."""
+    return torch.softmax(logits, dim=-1)
+
+
+def merge(models: Tensor, logits: Tensor, segments: Segments | None = None) -> Tensor:
+    """Merge one model for each row: softmax(logits) @ models.
+
+    Args:
+        models: (d, P), the global models.
+        logits: (k, d), one row per client, unnormalised; or (k, b, d), one per client and block.
+        segments: (start, stop, block) triples that cover the P columns; needed with blocks
+            (`Layout.segments`).
+
+    Returns:
+        (k, P) in the dtype of `models`.
+
+    Raises:
+        ModelError: shapes that do not fit.
+    """
+    return merge_weighted(models, merging_weights(logits), segments)
+
+
+def merge_weighted(models: Tensor, weights: Tensor, segments: Segments | None = None) -> Tensor:
+    """As `merge`, from weights (k, d) or (k, b, d) that sum to 1 already."""
+    if models.ndim != 2 or weights.ndim not in (2, 3) or weights.shape[-1] != models.shape[0]:
+        raise ModelError(
+            f"models {tuple(models.shape)} and rows {tuple(weights.shape)} do not fit: "
+            "wanted (d, P) and (k, d) or (k, b, d)"
+        )
+    weights = weights.to(models.dtype)
+    if weights.ndim == 2 or weights.shape[1] == 1:
+        return weights.reshape(-1, models.shape[0]) @ models
+    if segments is None:
+        raise ModelError("rows with blocks need segments: pass segments=layout.segments")
+    if max(block for _, _, block in segments) >= weights.shape[1]:
+        raise ModelError(f"segments name more blocks than the rows have ({weights.shape[1]})")
+    covered = sum(stop - start for start, stop, _ in segments)
+    if covered != models.shape[1]:
+        raise ModelError(
+            f"segments cover {covered} of {models.shape[1]} columns; pass segments=layout.segments"
+        )
+    merged = models.new_empty(len(weights), models.shape[1])
+    for start, stop, block in segments:
+        merged[:, start:stop] = weights[:, block] @ models[:, start:stop]
+    return merged
+
+
+def block_scores(delta: Tensor, models: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """<delta_i, models_j> over each block of columns: (k, P), (d, P) to (k, b, d), float64."""
+    # In float64: an overflow would turn one client's huge update into NaN rows, and those into NaN
+    # models for all.
+    parts = [delta[:, s:e].double() @ models[:, s:e].double().T for s, e in spans]
+    return torch.stack(parts, dim=1)
+
+
+def row_gradient(weights: Tensor, scores: Tensor) -> Tensor:
+    """<delta_i, models_j - merged_i> from scores; both (..., d)."""
+    return scores - (weights * scores).sum(-1, keepdim=True)
+
+
+def eg_row_step(
+    logits: Tensor, scores: Tensor, length: Tensor, pace: Tensor, *, cap: float
+) -> Tensor:
+    """Exponentiated-gradient step of the rows, with a cap on how far a row moves.
+
+    Args:
+        logits: (k, b, d), rows before the step.
+        scores: (k, b, d), <delta_i, models_j>, best with i's own past taken out of the models.
+        length: (k,), how far local training went: learning rate times number of steps.
+        pace: (k,), a factor on the capped step: above 1 for rows that were long unseen, below 1 for
+            rows that have taken part often.
+        cap: largest change of a log-weight before `pace`, in nats.
+
+    Returns:
+        (k, b, d) normalised log-weights, float64.
+    """
+    weights = merging_weights(logits.double())
+    step = row_gradient(weights, scores) / length[:, None, None]
+    largest = step.abs().amax(-1, keepdim=True)
+    # Division, not clamping: the direction of the step is kept.
+    step = step * (cap / largest.clamp_min(cap)) * pace[:, None, None]
+    return torch.log_softmax(weights.clamp_min(FLOOR).log() - step, dim=-1)
+
+
+def paper_row_step(
+    logits: Tensor, scores: Tensor, n_examples: Tensor, *, logit_step: float
+) -> Tensor:
+    """Row step of the authors' published code: the whole cohort is scaled together.
+
+    The gradient, normalised by its sum of magnitudes over the cohort, is stepped in multiples of
+    0.01 n_i / n until some logit has moved by more than `logit_step`. With one model, or all
+    gradients zero, nothing moves (the published code divides zero by zero).
+
+    Args:
+        logits: (k, d). scores: (k, d). n_examples: (k,).
+    """
+    weights = merging_weights(logits)
+    gradient = weights * row_gradient(weights, scores.to(logits.dtype))
+    total = gradient.abs().sum()
+    if not total > 0:
+        return logits.clone()
+    share = (n_examples / n_examples.sum()).to(logits.dtype)
+    step = 0.01 * share[:, None] * gradient / total
+    repeats = torch.floor(logit_step / step.abs().max()) + 1
+    return logits - repeats.clamp(max=10001) * step
+
+
+def paper_server_step(
+    models: Tensor,
+    logits: Tensor,
+    delta: Tensor,
+    n_examples: Tensor,
+    *,
+    logit_step: float,
+    head_start: int,
+) -> tuple[Tensor, Tensor]:
+    """One server step of the reference rule (method of the FedMerge paper, as its code does it).
+
+    Rows move first, judged by the last layer only; then the models, by the new rows.
+
+    Args:
+        models: (d, P). logits: (k, d). delta: (k, P), start - end. n_examples: (k,).
+        logit_step: how far the fastest logit moves at least, if the step limit allows.
+        head_start: column where the last linear layer begins.
+
+    Returns:
+        (models, logits), new tensors of the same shapes and dtypes.
+    """
+    scores = block_scores(delta, models, [(head_start, models.shape[1])])[:, 0]
+    logits = paper_row_step(logits, scores, n_examples, logit_step=logit_step)
+    total = ModelSum.of(models.shape[0], 1, ((0, models.shape[1], 0),), models.shape[1])
+    share = n_examples.double()[:, None, None] / n_examples.sum()
+    total.add(share * merging_weights(logits.double())[:, None], delta)
+    return total.step(models), logits
+
+
+@dataclass
+class ModelSum:
+    """sum_i coef_ibj delta_i and sum_i coef_ibj over a round, in float64: the model step's parts.
+
+    An accumulator of one round: `add` changes it in place. Any chunking and order of `add` gives
+    the same sums to float64 rounding. Memory O(d P), whatever the number of clients.
+    """
+
+    total: Tensor  # (d, P) float64
+    mass: Tensor  # (b, d) float64
+    counters: Tensor  # (c,) largest value of each integer counter
+    segments: Segments
+    n_params: int
+
+    @classmethod
+    def of(
+        cls, d: int, blocks: int, segments: Segments, n_params: int, counters: int = 0
+    ) -> ModelSum:
+        """An empty sum for d models over `segments` in `blocks` blocks."""
+        size = segments[-1][1]
+        return cls(
+            torch.zeros(d, size, dtype=torch.float64),
+            torch.zeros(blocks, d, dtype=torch.float64),
+            torch.full((counters,), -torch.inf, dtype=torch.float64),
+            segments,
+            n_params,
+        )
+
+    @classmethod
+    def for_layout(cls, layout: Layout, d: int) -> ModelSum:
+        """An empty sum of d rows of `layout`."""
+        n_counters = layout.counters.stop - layout.counters.start
+        return cls.of(d, len(layout.blocks), layout.segments, layout.n_params, n_counters)
+
+    def add(self, coef: Tensor, delta: Tensor) -> None:
+        """Add clients: coef (k, b, d) or (k, 1, d) float64, not negative; delta (k, P)."""
+        wide = delta.double()
+        coef = coef.expand(-1, len(self.mass), -1)
+        for start, stop, block in self.segments:
+            self.total[:, start:stop].addmm_(coef[:, block].T, wide[:, start:stop])
+        self.mass += coef.sum(0)
+        if len(self.counters):
+            self.counters = torch.maximum(self.counters, wide[:, -len(self.counters) :].amax(0))
+
+    def step(self, models: Tensor) -> Tensor:
+        """Return models (d, P) moved by minus the weighted mean of delta; unused models stay.
+
+        Buffers become the weighted mean of the clients' end values, counters their largest value.
+        """
+        mass = torch.empty_like(self.total)
+        for start, stop, block in self.segments:
+            mass[:, start:stop] = self.mass[block][:, None]
+        used = mass > 0
+        mean = self.total / torch.where(used, mass, 1.0)
+        moved = models.to(torch.float64, copy=True)
+        moved[:, : self.n_params] -= mean[:, : self.n_params]
+        tail = slice(self.n_params, None)
+        moved[:, tail] = torch.where(used[:, tail], mean[:, tail], moved[:, tail])
+        if len(self.counters):
+            own = moved[:, -len(self.counters) :]
+            moved[:, -len(self.counters) :] = torch.maximum(own, self.counters)
+        return moved.to(models.dtype)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Count-sketch of each block into `size` numbers: inner products are kept without bias.
+
+    Each parameter has a fixed place and sign, drawn from the run's seed (Charikar, Chen and
+    Farach-Colton, 2002). A block no longer than `size` keeps every number, so it is exact.
+    """
+
+    size: int
+    index: tuple[Tensor, ...]  # per block (chunks * size,) columns of the row
+    sign: tuple[Tensor, ...]  # per block (chunks * size,): -1, 1, and 0 where there is no parameter
+
+    @staticmethod
+    @lru_cache(maxsize=8)
+    def of(spans: tuple[tuple[int, int], ...], size: int, seed: int) -> Sketch:
+        """Draw the places and signs for blocks at `spans`."""
+        index, sign = [], []
+        for block, (start, stop) in enumerate(spans):
+            length = stop - start
+            draw = numpy_generator(seed, "sketch", block)
+            padded = -(-length // size) * size
+            places = torch.full((padded,), start, dtype=torch.int64)
+            signs = torch.zeros(padded)
+            # Chunks are summed onto each other: a random order makes the places random.
+            places[:length] = torch.from_numpy(draw.permutation(length)) + start
+            signs[:length] = torch.from_numpy(draw.integers(0, 2, length) * 2.0 - 1.0)
+            index.append(places)
+            sign.append(signs)
+        return Sketch(size, tuple(index), tuple(sign))
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        """Sketch delta (k, P) to (k, b, size), in its dtype but float32 at least."""
+        # Sums of half-precision numbers would overflow and lose digits.
+        delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        parts = [
+            (delta[:, index] * sign.to(delta.dtype)).view(len(delta), -1, self.size).sum(1)
+            for index, sign in zip(self.index, self.sign, strict=True)
+        ]
+        return torch.stack(parts, dim=1)

@@ -1,0 +1,238 @@
+"""How the report's pictures look, and how one becomes inline SVG that follows the page's theme.
+
+It knows colours, fonts and files; what is drawn is decided in `figures` and `heatmap`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmerge.errors import ConfigError, MissingExtraError
+from fedmerge.report.runs import is_fedmerge
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1b1f24"  # text and axes; becomes currentColor in inline SVG
+SURFACE = "#fefefd"  # what a picture lies on; becomes the page's surface colour
+# One name, its colour on a light page and on a dark one. Hues follow Okabe and Ito; they and their
+# lightness are set so that all stay apart under each colour blindness and can be read as text.
+PALETTE: Mapping[str, tuple[str, str]] = {
+    "accent": ("#d9480f", "#ff7a3c"),
+    "blue": ("#00489c", "#4a93f0"),
+    "green": ("#008560", "#2fb88a"),
+    "purple": ("#bb3f9c", "#f58fd0"),
+    "slate": ("#39434f", "#8e99a6"),
+    "sky": ("#2a86c0", "#8fd6f7"),
+    "ochre": ("#5c5000", "#f2d24a"),
+    "brown": ("#a86664", "#c08a60"),
+}
+# Paul Tol's "light" scheme: fills that bear dark text on either page, for kinds and labels.
+FILLS = (
+    "#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#44bb99", "#99ddff", "#bbcc33", "#c9b3e6",
+    "#aaaa00", "#d3d7dc",
+)  # fmt: skip
+_RIVALS = tuple(name for name in PALETTE if name != "accent")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_DASHES: tuple[Any, ...] = (
+    (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)), (0, (3, 1.3)),
+    (0, (8, 2)), (0, (4, 1.3, 1.3, 1.3, 1.3, 1.3)), (0, (2, 2.2)),
+)  # fmt: skip
+_RC: Mapping[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedmerge",
+    "text.parse_math": False,  # a client may be called "$5"
+    "font.family": ["sans-serif"],
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.0,
+    "axes.titlelocation": "left",
+    "axes.unicode_minus": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one method is drawn: colour, dashes, marker and width, so that colour is no lone cue."""
+
+    colour: str
+    line: Any
+    marker: str
+    width: float
+    order: int
+
+
+def method_styles(methods: Sequence[str]) -> dict[str, Style]:
+    """Give each method its style by its place in `methods`; FedMerge is always the strong one."""
+    styles: dict[str, Style] = {}
+    ours = rivals = 0
+    for name in methods:
+        if is_fedmerge(name):
+            line = "-" if ours == 0 else _DASHES[(ours - 1) % len(_DASHES)]
+            colour = PALETTE["accent"][0]
+            styles[name] = Style(colour, line, _MARKERS[ours % len(_MARKERS)], 2.3, 10 - ours)
+            ours += 1
+        else:
+            colour = PALETTE[_RIVALS[rivals % len(_RIVALS)]][0]
+            marker = _MARKERS[(rivals + 1) % len(_MARKERS)]
+            styles[name] = Style(colour, _DASHES[rivals % len(_DASHES)], marker, 1.3, 5)
+            rivals += 1
+    return styles
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Hold matplotlib's settings at the report's for the block; they are as before after it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("report") from error
+    settings: Any = dict(_RC)  # matplotlib types its keys as a list of literals
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float, label: str) -> Figure:
+    """Return an empty figure of `width` x `height` inches; `label` tells it to a screen reader."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    figure.set_label(label)
+    return figure
+
+
+def inches(axes: Axes) -> float:
+    """Return the height of `axes` in inches."""
+    figure = axes.get_figure(root=True)
+    return 0.0 if figure is None else axes.get_position().height * figure.get_size_inches()[1]
+
+
+def quiet_grid(axes: Axes, axis: str) -> None:
+    """Draw faint grid lines along "x" or "y", behind the data, and no tick marks."""
+    axes.set_axisbelow(True)
+    lines = axes.get_xaxis() if axis == "x" else axes.get_yaxis()
+    lines.grid(True, color=INK, alpha=0.13, linewidth=0.6)
+    axes.tick_params(length=0, pad=4)
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Move `places` apart to at least `gap`, each as little as possible, and keep them in 0..1.
+
+    Clusters that overlap are centred on their mean (pooling of adjacent violators).
+    """
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    pools: list[tuple[float, int]] = []  # (mean of place minus its offset, members)
+    for rank, i in enumerate(order):
+        mean, count = places[i] - rank * gap, 1
+        while pools and pools[-1][0] > mean:
+            other, members = pools.pop()
+            mean = (mean * count + other * members) / (count + members)
+            count += members
+        pools.append((mean, count))
+    flat = [mean for mean, count in pools for _ in range(count)]
+    room = 1 - gap * (len(places) - 1)
+    moved = [0.0] * len(places)
+    for rank, i in enumerate(order):
+        moved[i] = min(max(flat[rank], 0.0), max(room, 0.0)) + rank * gap
+    return moved
+
+
+def symlog(axes: Axes, sizes: NDArray[np.float64]) -> bool:
+    """Scale y symmetric-logarithmically if `sizes` differ by over 20 times; say whether it did."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    sizes = sizes[sizes > 0]
+    if not len(sizes) or sizes.max() <= 20 * np.quantile(sizes, 0.05):
+        return False
+    # Linear below the power of ten under the small gaps, but at most four decades are drawn.
+    low = max(np.floor(np.log10(np.quantile(sizes, 0.05))), np.floor(np.log10(sizes.max())) - 3)
+    axes.set_yscale("symlog", linthresh=float(10.0**low), linscale=0.6)
+    powers = 10.0 ** np.arange(low, np.ceil(np.log10(sizes.max())) + 1)
+    ticks = sorted({0.0, *(float(p) for p in powers), *(float(-p) for p in powers)})
+    axis = axes.get_yaxis()
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    return True
+
+
+def to_svg(figure: Figure, label: str | None = None) -> str:
+    """Return `figure` as an inline `<svg>` element that takes its colours from the page.
+
+    Text and axes become `currentColor`, the palette becomes `var(--accent)` and so on, the ground
+    is transparent and the font is the page's. Equal figures give equal bytes, and ids carry a
+    prefix of their own so that several pictures can share a page. label: what a screen reader
+    says; the figure's own label if None.
+    """
+    buffer = io.StringIO()
+    with drawing():
+        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+    text = buffer.getvalue()
+    body = text[text.index("<svg") : text.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = body[body.index(">") + 1 :]
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', body))
+    kept = {name for pair in used for name in pair if name}
+    prefix = "f" + hashlib.sha256(body.encode()).hexdigest()[:8]
+    body = re.sub(
+        r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in kept else "", body
+    )
+    body = re.sub(r'url\(#|href="#', lambda m: f"{m[0]}{prefix}-", body)
+    body = re.sub(r"font: (?:(bold) )?([\d.]+)px [^;\"]*", _page_font, body)
+    for name, (light, _) in PALETTE.items():
+        body = body.replace(light, f"var(--{name}, {light})")
+    body = body.replace(INK, "currentColor").replace(SURFACE, "var(--surface, transparent)")
+    body = "\n".join(line.strip() for line in body.splitlines() if line.strip())
+    width, height = (72 * side for side in figure.get_size_inches())
+    name = html.escape(label or str(figure.get_label()) or "figure")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        f' viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}">'
+        f"<title>{name}</title>{body}</svg>\n"
+    )
+
+
+_NO_METADATA: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def _page_font(match: re.Match[str]) -> str:
+    weight = "font-weight: bold; " if match[1] else ""
+    return f"{weight}font-size: {match[2]}px"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` to a .png, .svg or .pdf file on a white ground, by the ending of `path`."""
+    ending = path.suffix.lower()
+    metadata: dict[str, Any] = {
+        ".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {},
+    }  # fmt: skip
+    if ending not in metadata:
+        raise ConfigError(f'path = "{path.name}": got ending "{ending}", wanted .png, .svg or .pdf')
+    with drawing():
+        figure.savefig(
+            path, format=ending[1:], dpi=200, facecolor="white", metadata=metadata[ending]
+        )

@@ -1,0 +1,108 @@
+"""What a round leaves behind: one record of plain numbers, the same wherever the round was run.
+
+It summarises; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A figure over clients, each counted once.
+
+    Attributes:
+        mean: over clients. std: over clients. worst_decile: mean over the worst tenth of them (at
+            least one client): the lowest accuracies, or the highest losses.
+    """
+
+    mean: float
+    std: float
+    worst_decile: float
+
+    @classmethod
+    def of(cls, values: Array, *, high_is_bad: bool) -> Self | None:
+        """Summarise values (m,); NaN, a client that was not measured, is left out.
+
+        None if none is left, or if one is infinite: a model that has diverged must not be hidden
+        by leaving its client out of the mean.
+        """
+        known = np.sort(values[~np.isnan(values)])
+        if not len(known) or np.isinf(known).any():
+            return None
+        tenth = math.ceil(len(known) / 10)
+        worst = known[-tenth:] if high_is_bad else known[:tenth]
+        return cls(float(known.mean()), float(known.std()), float(worst.mean()))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Per-client loss (m,) and accuracy (m,) of one kind of model on one split."""
+
+    loss: Array
+    accuracy: Array
+
+    def summary(self) -> dict[str, Summary | None]:
+        """Accuracy and loss over clients."""
+        return {
+            "accuracy": Summary.of(self.accuracy, high_is_bad=False),
+            "loss": Summary.of(self.loss, high_is_bad=True),
+        }
+
+
+@dataclass(frozen=True)
+class RoundLog:
+    """One round.
+
+    Attributes:
+        round: from 1. cohort: clients sampled. dropped: of these, without a reply.
+        refused: updates refused, by reason.
+        metrics: {model: {split: {"accuracy": Summary, "loss": Summary}}} for `merged` (the model a
+            client would use at the end of this round), `tuned` (that after one local epoch) and
+            `local` (each participant's own model at the end of local training); loss in nats or
+            squared units, mean per example. Empty in rounds without evaluation.
+        gap_train, gap_test: local-global gap: mean over participants of the loss of the model they
+            would use next minus that of their own at the end of local training.
+        rows: entropy (nats) and largest weight of the merging weights, mean over clients and
+            blocks, and movement (total variation, mean over participants); None without weights.
+        bytes_up, bytes_down: total of the round, models only.
+        seconds: by phase: send, local, fold, commit, evaluate.
+    """
+
+    round: int
+    cohort: int
+    dropped: int
+    refused: dict[str, int]
+    metrics: dict[str, dict[str, dict[str, Summary | None]]]
+    gap_train: float | None
+    gap_test: float | None
+    rows: dict[str, float] | None
+    bytes_up: int
+    bytes_down: int
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read back what `to_json` made."""
+        metrics = {
+            model: {
+                split: {key: s and Summary(**s) for key, s in pair.items()}
+                for split, pair in splits.items()
+            }
+            for model, splits in values["metrics"].items()
+        }
+        return cls(**{**values, "metrics": metrics})

@@ -1,0 +1,74 @@
+"""The default rule, written literally and slowly from its formulas, in numpy and client by client.
+
+It keeps what every client ever put into every model, in full, where the library keeps a sketch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Row = np.ndarray
+
+
+@dataclass
+class RuleByHand:
+    """Models (d, P), and per client id weights (b, d), own (d, P) and rounds taken part in."""
+
+    models: Row
+    spans: tuple[tuple[int, int], ...]
+    cap: float = 0.1
+    horizon: int = 60
+    leave_one_out: bool = True
+    round: int = 0
+    weights: dict[str, Row] = field(default_factory=dict)
+    own: dict[str, Row] = field(default_factory=dict)
+    seen: dict[str, list[int]] = field(default_factory=dict)
+
+    def join(self, client: str) -> None:
+        d = len(self.models)
+        if client not in self.weights:
+            self.weights[client] = np.full((len(self.spans), d), 1 / d)
+            self.own[client] = np.zeros_like(self.models)
+            self.seen[client] = []
+
+    def merged(self, client: str) -> Row:
+        self.join(client)
+        made = np.zeros(self.models.shape[1])
+        for b, (start, stop) in enumerate(self.spans):
+            for j in range(len(self.models)):
+                made[start:stop] += self.weights[client][b, j] * self.models[j, start:stop]
+        return made
+
+    def step(self, delta: dict[str, Row], n: dict[str, int], length: dict[str, float]) -> None:
+        """One round of the clients in `delta` (P,); length = learning rate times steps."""
+        new = {i: self._row(i, delta[i], length[i]) for i in delta}
+        for b, (start, stop) in enumerate(self.spans):
+            for j in range(len(self.models)):
+                total = sum(new[i][b, j] * n[i] for i in delta)
+                for i in delta:
+                    part = new[i][b, j] * n[i] / total * delta[i][start:stop]
+                    self.models[j, start:stop] -= part
+                    self.own[i][j, start:stop] += part
+        for i in delta:
+            self.weights[i] = new[i]
+            self.seen[i].append(self.round)
+        self.round += 1
+
+    def _row(self, i: str, delta: Row, length: float) -> Row:
+        self.join(i)
+        made = np.empty_like(self.weights[i])
+        for b, (start, stop) in enumerate(self.spans):
+            w = self.weights[i][b]
+            judged = self.models + (self.own[i] if self.leave_one_out else 0)
+            score = np.array([delta[start:stop] @ model[start:stop] for model in judged])
+            s = (score - w @ score) / length
+            if np.abs(s).max() > self.cap:
+                s = s * self.cap / np.abs(s).max()
+            past = len(self.seen[i])
+            missed = self.round - self.seen[i][-1] if past else 1
+            s = s * min(missed, 5) * min(1, self.horizon / (past + 1)) ** 2
+            raised = np.log(np.maximum(w, 1e-6)) - s
+            made[b] = np.exp(raised) / np.exp(raised).sum()
+        return made

@@ -1,0 +1,342 @@
+"""The command line as a user meets it: options, messages, exit codes, kills and Ctrl-C.
+
+What a run computes is tested elsewhere; here it only has to be the same after an interruption.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedmerge.cli import app
+from fedmerge.config import RunConfig, load_config
+from fedmerge.errors import MissingExtraError
+
+SOURCE = Path(__file__).parents[1] / "src"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE)}
+TINY = ("--clients", "4", "--rounds", "2", "--epochs", "1", "--hidden", "4")
+LONG = ("--data", "gaussian", "--setting", "concept", "--clients", "8", "--method", "fedmerge:d=3")
+
+
+def command(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedmerge", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,  # a terminal sends Ctrl-C to a whole group of processes
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
+    """Return exit code, output and lines of errors."""
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors.splitlines()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def timeless(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+# -- the process as a whole ------------------------------------------------------------------------
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from fedmerge.cli import app
+try:
+    app(["--help"])
+finally:
+    print(*sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert "compare" in done.stdout
+    loaded = done.stdout.splitlines()[-1].split()
+    assert not {"torch", "numpy", "sklearn", "scipy", "matplotlib"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--round", "3"], 'unknown option "--round"; did you mean "--rounds"?'),
+        (["run", "--rounds", "0"], 'rounds: got "0", wanted a whole number of at least 1'),
+        (["runn"], "No such command 'runn'. Did you mean 'run'?"),
+    ],
+)
+def test_a_slip_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    code, output, errors = finish(command(*arguments))
+    assert (code, output, len(errors)) == (2, "", 1)
+    assert errors[0].startswith(f"fedmerge: {message}")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, output, errors = finish(command("run", *TINY, "--out", tmp_path / "file" / "x"))
+    assert (code, output, len(errors)) == (2, "", 1)
+    assert "cannot be written (Not a directory); choose another folder" in errors[0]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("run", *LONG, "--rounds", "40", "--out", out, "--checkpoint-seconds", "0")
+    process = command(*arguments)
+    wait_until(lambda: len(lines(out / "log.jsonl")) >= 8, process)
+    process.kill()
+    finish(process)
+    assert not (out / "result.json").exists()
+    before = lines(out / "log.jsonl")
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"round": 9, "coh')  # as a kill in the middle of a write leaves it
+
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    after = lines(out / "log.jsonl")
+    assert [json.loads(line)["round"] for line in after] == list(range(1, 41))
+    # Rounds that were done are not done again: they hold the times of the first process.
+    assert after[:7] == before[:7]
+
+    whole = tmp_path / "whole"
+    assert call("run", *LONG, "--rounds", "40", "--out", whole).exit_code == 0
+    resumed, straight = (json.loads((f / "result.json").read_text()) for f in (out, whole))
+    assert timeless(resumed) == timeless(straight)
+    for one, other in zip(after, lines(whole / "log.jsonl"), strict=True):
+        assert timeless(json.loads(one)) == timeless(json.loads(other))
+
+
+def test_ctrl_c_keeps_a_run_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = command("run", *LONG, "--rounds", "400", "--out", out)
+    wait_until(lambda: len(lines(out / "log.jsonl")) >= 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, errors = finish(process)
+    assert (code, len(errors)) == (130, 1)
+    assert errors[0].startswith("fedmerge: stopped after round ")
+    assert f"{out} keeps what was done, and the same command goes on from there" in errors[0]
+    kept = json.loads((out / "checkpoint" / "state.json").read_text())["facts"]["history"]
+    assert len(kept) >= 3
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+OTHER: dict[str, object] = {
+    "data": "gaussian",
+    "setting": "domain",
+    "method": "ifca:d=2",
+    "model": "cnn",
+    "hidden": 7,
+    "clients": 9,
+    "train_fraction": 0.6,
+    "rounds": 11,
+    "participation": 0.5,
+    "dropout": 0.25,
+    "epochs": 3,
+    "lr": 0.2,
+    "batch_size": 8,
+    "momentum": 0.5,
+    "weight_decay": 0.01,
+    "clip": 0.125,
+    "seed": 13,
+    "evaluate_every": 2,
+    "execution": "sequential",
+    "threads": 2,
+}
+
+
+def options(values: dict[str, object]) -> list[str]:
+    return [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Catch the settings with which `fedmerge run` would run."""
+    caught: list[RunConfig] = []
+
+    def stop(config: RunConfig, *_: object) -> None:
+        caught.append(config)
+        raise MissingExtraError("none")
+
+    monkeypatch.setattr(RunConfig, "run", stop)
+    return caught
+
+
+def test_every_setting_is_an_option_of_run(asked: list[RunConfig]) -> None:
+    assert OTHER.keys() == RunConfig.model_fields.keys()
+    call("run", *options(OTHER))
+    assert asked[0].model_dump() == OTHER
+
+
+def test_options_override_the_file(asked: list[RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("rounds = 7\nlr = 0.5\n")
+    call("run", tmp_path / "c.toml", "--rounds", "8")
+    assert asked[0] == load_config(None, {"rounds": 8, "lr": 0.5})
+
+
+def test_every_other_setting_is_an_option_of_compare(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caught: list[Any] = []
+
+    class NoCrew:
+        def __init__(self, work: object, size: int, prepare: object) -> None:
+            caught.append(size)
+
+        def __enter__(self) -> NoCrew:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def run(self, cells: Any, out: Path) -> list[Any]:
+            caught.extend(cells)
+            return []
+
+    monkeypatch.setattr("fedmerge.compare.runner.Crew", NoCrew)
+    monkeypatch.setattr("fedmerge.cli._check_cells", lambda cells: None)
+    own = {key: value for key, value in OTHER.items() if key not in ("setting", "method", "seed")}
+    names = ("--settings", "domain,natural", "--methods", "fedavg", "--seeds", "3,5")
+    result = call("compare", *names, "--out", tmp_path, "--workers", "2", *options(own))
+    assert result.exit_code == 0, result.stderr
+    size, *cells = caught
+    assert size == 2
+    assert [cell.name for cell in cells] == [
+        "domain--fedavg--s3",
+        "domain--fedavg--s5",
+        "natural--fedavg--s3",
+        "natural--fedavg--s5",
+    ]
+    for cell in cells:
+        named = {key: cell.config[key] for key in ("setting", "method", "seed")}
+        assert {**own, **named} == cell.config
+        assert cell.name == f"{named['setting']}--fedavg--s{named['seed']}"
+
+
+def test_help_names_every_setting_with_its_default() -> None:
+    text = " ".join(call("run", "--help").stdout.replace("│", "").split())
+    for name, field in RunConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        default = "none" if field.default is None else field.default
+        assert f"(default {default})" in text
+
+
+# -- run -------------------------------------------------------------------------------------------
+
+
+def test_run_prints_its_result_and_no_progress_without_a_terminal() -> None:
+    result = call("run", *TINY)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for text in ("accuracy", "worst tenth", "merged", "tuned", "local", "per client and round"):
+        assert text in result.stdout
+
+
+def test_a_finished_run_is_shown_and_not_run_again(tmp_path: Path) -> None:
+    first = call("run", *TINY, "--out", tmp_path / "r")
+    time_of_result = (tmp_path / "r" / "result.json").stat().st_mtime_ns
+    again = call("run", *TINY, "--out", tmp_path / "r")
+    assert again.exit_code == 0
+    assert "nothing was run again" in again.stdout
+    assert again.stdout.endswith(first.stdout)
+    assert (tmp_path / "r" / "result.json").stat().st_mtime_ns == time_of_result
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    call("run", *TINY, "--out", tmp_path / "r")
+    result = call("run", *TINY, "--lr", "0.25", "--out", tmp_path / "r")
+    assert result.exit_code == 2
+    assert "lr is 0.3 there and 0.25 here; choose another --out" in result.stderr
+
+
+def test_settings_that_cannot_be_run_do_not_claim_the_folder(tmp_path: Path) -> None:
+    result = call("run", *TINY, "--method", "ifca:d=9", "--out", tmp_path / "r")
+    assert result.exit_code == 2
+    assert "d = 9 models for 4 clients" in result.stderr
+    assert call("run", *TINY, "--out", tmp_path / "r").exit_code == 0
+
+
+def test_a_cut_checkpoint_is_one_line(tmp_path: Path) -> None:
+    call("run", *TINY, "--out", tmp_path)
+    (tmp_path / "result.json").unlink()
+    (state,) = (tmp_path / "checkpoint").glob("tensors-*")
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    result = call("run", *TINY, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "is damaged" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log.jsonl")
+
+    monkeypatch.setattr("fedmerge.compare.folder.append_log", full)
+    result = call("run", *TINY, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("fedmerge: log.jsonl: No space left on device")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_traceback_is_there_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("run", *TINY, "--method", "fedavgg")
+    assert "Traceback" not in call(*arguments).stderr
+    monkeypatch.setenv("FEDMERGE_DEBUG", "1")
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+
+
+# -- data and report -------------------------------------------------------------------------------
+
+
+def test_data_shows_the_clients_and_draws_them(tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "p.png"
+    result = call("data", "domain", "--clients", "5", "--seed", "1", "--out", picture)
+    assert result.exit_code == 0, result.stderr
+    assert "digits/domain: 5 clients" in result.stdout
+    assert result.stdout.count("rot") + result.stdout.count("invert") == 5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert result.stdout != call("data", "domain", "--clients", "5", "--out", picture).stdout
+
+
+def test_data_of_an_unknown_setting_is_one_line() -> None:
+    result = call("data", "domains")
+    assert result.exit_code == 2
+    assert 'did you mean "domain' in result.stderr
+
+
+def test_report_makes_the_page_of_one_run(tmp_path: Path) -> None:
+    call("run", *TINY, "--out", tmp_path)
+    result = call("report", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert str(tmp_path / "report.html") in result.stdout
+    assert (tmp_path / "report.html").is_file()
+    assert call("report", tmp_path / "nothing").exit_code == 2

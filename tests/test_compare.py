@@ -1,0 +1,351 @@
+"""Comparisons: cells, the worker processes, what is on disk, and what a kill leaves.
+
+The statistics and the page are tested with the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedmerge.cli import app
+from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
+from fedmerge.compare.runner import Crew, Outcome
+from fedmerge.config import run_cell
+from fedmerge.errors import ConfigError, MissingExtraError, StateError
+
+SOURCE = Path(__file__).parents[1] / "src"
+ROWS = (
+    "setting method seed model accuracy accuracy_worst_decile loss "
+    "gap_train gap_test rounds seconds bytes_up bytes_down"
+)
+TINY = ("--clients", "4", "--rounds", "2", "--epochs", "1", "--hidden", "4", "--workers", "2")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+# -- cells and names -------------------------------------------------------------------------------
+
+
+def test_cells_have_safe_names() -> None:
+    assert cell_name("concept-mix", "ifca-warm:d=8", 0) == "concept-mix--ifca-warm-d=8--s0"
+    assert cell_name("a/b", "x:k=../é y", 12) == "a_b--x-k=..___y--s12"
+
+
+def test_cells_come_in_the_order_asked_for() -> None:
+    def configure(setting: str, method: str, seed: int) -> dict[str, Any]:
+        return {"setting": setting, "method": method, "seed": seed, "rounds": 3}
+
+    cells = make_cells(configure, ["b", "a"], ["y", "x"], [2, 1])
+    found = [(c.config["setting"], c.config["method"], c.config["seed"]) for c in cells]
+    assert found == [(s, m, n) for s in "ba" for m in "yx" for n in (2, 1)]
+    assert {c.config["rounds"] for c in cells} == {3}
+    assert cells[0].folder(Path("o")) == Path("o/runs/b--y--s2")
+    with pytest.raises(ConfigError, match='methods "y:z" and "y-z" would share the folder'):
+        make_cells(configure, ["a"], ["y:z", "y-z"], [0])
+
+
+def test_seeds() -> None:
+    assert parse_seeds("0-4") == (0, 1, 2, 3, 4)
+    assert parse_seeds("7, 3,0-1") == (7, 3, 0, 1)
+    for text in ("", "1,", "a", "3-1", "-1", "1.5", "0-99999"):
+        with pytest.raises(ConfigError, match="--seeds: got"):
+            parse_seeds(text)
+    with pytest.raises(ConfigError, match='--seeds: "3" is there twice'):
+        parse_seeds("0-4,3")
+
+
+def test_names() -> None:
+    assert parse_names("--methods", "b, a:k=1", list) == ("b", "a:k=1")
+    assert parse_names("--methods", "all", lambda: ["x", "y"]) == ("x", "y")
+    with pytest.raises(ConfigError, match='--methods: "a" is there twice'):
+        parse_names("--methods", "a,b,a", list)
+    with pytest.raises(ConfigError, match='--settings: got "a,,b", wanted names'):
+        parse_names("--settings", "a,,b", list)
+
+
+# -- worker processes ------------------------------------------------------------------------------
+
+
+def work(config: dict[str, Any], folder: Path) -> None:
+    """A cell that does what its method says."""
+    match config["method"]:
+        case "raise":
+            raise StateError("first line\nsecond line")
+        case "bug":
+            raise KeyError("lost")
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(3)
+        case "slow":
+            time.sleep(0.3)
+        case "forever":
+            time.sleep(600)
+    folder.mkdir(parents=True)
+    (folder / "pid").write_text(str(os.getpid()))
+
+
+def cells_of(*methods: str) -> list[Cell]:
+    return [
+        Cell(f"{method}-{i}", {"setting": "s", "method": method, "seed": i})
+        for i, method in enumerate(methods)
+    ]
+
+
+def run(cells: list[Cell], out: Path, size: int) -> list[Outcome]:
+    with Crew(work, size) as crew:
+        return list(crew.run(cells, out))
+
+
+def test_workers_live_for_many_cells(tmp_path: Path) -> None:
+    outcomes = run(cells_of(*["fine"] * 6), tmp_path, 2)
+    assert all(outcome.error is None for outcome in outcomes)
+    pids = {(o.cell.folder(tmp_path) / "pid").read_text() for o in outcomes}
+    assert len(outcomes) == 6
+    assert len(pids) <= 2
+    assert str(os.getpid()) not in pids
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("raise", "first line second line"),
+        ("bug", "KeyError('lost')"),
+        ("killed", "its process was killed by signal 9"),
+        ("exit", "its process ended with exit code 3"),
+    ],
+)
+def test_a_cell_that_fails_is_named_and_the_others_finish(
+    tmp_path: Path, method: str, error: str
+) -> None:
+    outcomes = run(cells_of("fine", method, "fine", "fine"), tmp_path, 1)
+    assert [(o.cell.name, o.error) for o in outcomes if o.error] == [(f"{method}-1", error)]
+    assert sum(o.error is None for o in outcomes) == 3
+    details = next(o.details for o in outcomes if o.error)
+    assert ("Traceback" in details) == (method in ("raise", "bug"))
+
+
+def test_the_longest_cells_go_first(tmp_path: Path) -> None:
+    cells = cells_of("fine", "slow", "fine", "slow")
+    outcomes = run(cells, tmp_path, 1)
+    # One of each kind to learn their times, then the slow one.
+    assert [o.cell.name for o in outcomes] == ["fine-0", "slow-1", "slow-3", "fine-2"]
+
+
+def test_leaving_the_crew_ends_its_processes_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with Crew(work, 2) as crew:
+        outcomes = crew.run(cells_of("fine", "forever", "forever"), tmp_path)
+        next(outcomes)
+        pids = [worker.process.pid for worker in crew._workers]
+    assert time.monotonic() - start < 30
+    assert not any(alive(pid) for pid in pids if pid)
+
+
+def test_a_worker_that_died_while_idle_is_replaced(tmp_path: Path) -> None:
+    with Crew(work, 1) as crew:
+        for worker in crew._workers:
+            worker.process.kill()
+            worker.process.join()
+        outcomes = list(crew.run(cells_of("fine"), tmp_path))
+    assert [o.error for o in outcomes] == [None]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_results_are_complete_and_in_the_order_asked_for(tmp_path: Path) -> None:
+    names = ("--settings", "domain,concept-mix", "--methods", "fedmerge:d=2,fedavg")
+    result = call("compare", *names, "--seeds", "1,0", *TINY, "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = read_rows(tmp_path)
+    assert all(" ".join(row) == ROWS for row in rows)
+    assert [(r["setting"], r["method"], r["seed"], r["model"]) for r in rows] == [
+        (setting, method, seed, model)
+        for setting in ("domain", "concept-mix")
+        for method in ("fedmerge:d=2", "fedavg")
+        for seed in (1, 0)
+        for model in ("merged", "tuned", "local")
+    ]
+    stored = tmp_path / "runs" / "domain--fedmerge-d=2--s1" / "result.json"
+    expected = json.loads(stored.read_text())["models"]["tuned"]
+    assert rows[1]["accuracy"] == expected["accuracy"]
+    assert rows[1]["accuracy_worst_decile"] == expected["accuracy_worst_decile"]
+    assert rows[1]["loss"] == expected["loss"]
+    assert (tmp_path / "report.html").is_file()
+    assert f"The page is {tmp_path / 'report.html'}" in result.stdout
+    assert "FedMerge" in result.stdout
+    told = ("was ahead", "were level", "no setting in which another method")
+    assert any(text in result.stdout for text in told)
+
+    # The page is an extra: without it, all the rest is there.
+    def missing(_: Path) -> Path:
+        raise MissingExtraError("report")
+
+    (tmp_path / "results.jsonl").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmerge.compare.screen.write_report", missing)
+        again = call("compare", *names, "--seeds", "1,0", *TINY, "--out", tmp_path)
+    assert again.exit_code == 0
+    assert 'pip install "fedmerge[report]"' in again.stdout
+    assert read_rows(tmp_path) == rows
+
+    # Another setting of a cell that is there stops everything before it starts.
+    names = ("--settings", "dirichlet,domain", "--methods", "fedavg", "--seeds", "0")
+    other = call("compare", *names, *TINY, "--lr", "0.2", "--out", tmp_path)
+    assert other.exit_code == 2
+    assert "domain--fedavg--s0 holds a run with other settings: lr is 0.3" in other.stderr
+    assert not (tmp_path / "runs" / "dirichlet--fedavg--s0").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("domain", "fedavg,fedmerg"), 'there is no method "fedmerg"; did you mean "fedmerge"?'),
+        (("domains", "fedavg"), 'setting "domains": unknown; did you mean "domain'),
+        (("domain", "fedavg,ifca:d=5"), "d = 5 models for 4 clients"),
+        (("domain", "fedavg,fedavg"), '"fedavg" is there twice'),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_starts(
+    tmp_path: Path, arguments: tuple[str, str], message: str
+) -> None:
+    names = ("--settings", arguments[0], "--methods", arguments[1], "--seeds", "0")
+    result = call("compare", *names, *TINY, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def one_killed(config: dict[str, Any], folder: Path) -> None:
+    if config["seed"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    run_cell(config, folder)
+
+
+def test_a_killed_worker_is_told_at_the_end(tmp_path: Path) -> None:
+    names = (
+        "--data",
+        "gaussian",
+        "--settings",
+        "dirichlet",
+        "--methods",
+        "fedavg",
+        "--seeds",
+        "1,0",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmerge.cli.run_cell", one_killed)
+        result = call("compare", *names, *TINY, "--workers", "1", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "fedmerge: dirichlet--fedavg--s1: its process was killed by signal 9",
+        f"fedmerge: 1 of 2 cells failed; the others are kept in {tmp_path}, "
+        "and the same command runs only those that failed again",
+    ]
+    assert [row["seed"] for row in read_rows(tmp_path)] == [0, 0, 0]
+
+
+# -- kills and Ctrl-C ------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def family(pid: int) -> list[int]:
+    """The processes that `pid` has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(entry.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(entry.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
+
+
+def gone(pids: list[int]) -> bool:
+    end = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_killed_and_stopped_comparisons_go_on(tmp_path: Path) -> None:
+    arguments = ["compare", "--data", "gaussian", "--settings", "concept", "--seeds", "0-1"]
+    arguments += ["--methods", "fedavg,fedmerge:d=2", "--clients", "8", "--rounds", "30"]
+    arguments += ["--out", str(tmp_path)]
+
+    def start(workers: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedmerge", *arguments, "--workers", workers],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(SOURCE)},
+            start_new_session=True,
+        )
+
+    def finished() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/result.json")}
+
+    # Killed: nobody is left behind, and what is finished stays.
+    process = start("1")
+    wait_until(lambda: len(finished()) >= 1, process)
+    workers = family(process.pid)
+    assert workers
+    process.kill()
+    process.communicate()
+    assert gone(workers)
+    kept = finished()
+    assert 1 <= len(kept) < 4
+
+    # Ctrl-C, as a terminal sends it: to all processes.
+    process = start("2")
+    wait_until(lambda: len(finished()) > len(kept), process)
+    workers = family(process.pid)
+    assert len(workers) >= 2
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("fedmerge: stopped; ")
+    assert f"of 4 cells are finished and kept in {tmp_path}; the same command goes on" in errors
+    assert errors.count("\n") == 1
+    assert gone(workers)
+
+    # Started again, it ends, and runs nothing twice.
+    kept = finished()
+    result = call(*arguments, "--workers", "1")
+    assert result.exit_code == 0, result.stderr
+    assert len(read_rows(tmp_path)) == 12
+    assert {path: finished()[path] for path in kept} == kept

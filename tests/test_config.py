@@ -1,0 +1,203 @@
+"""The settings of a run: limits, files, messages, and that each one changes what a run does.
+
+Whole commands are tested in test_cli.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedmerge.config import RunConfig, load_config
+from fedmerge.errors import ConfigError
+
+TINY: dict[str, object] = {"clients": 4, "rounds": 2, "epochs": 1, "hidden": 4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def test_defaults_are_those_of_the_evidence() -> None:
+    assert load_config(None, {}).model_dump() == {
+        "data": "digits",
+        "setting": "concept-mix",
+        "method": "fedmerge",
+        "model": "mlp",
+        "hidden": 32,
+        "clients": 32,
+        "train_fraction": 0.5,
+        "rounds": 60,
+        "participation": 1.0,
+        "dropout": 0.0,
+        "epochs": 5,
+        "lr": 0.3,
+        "batch_size": 16,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "clip": None,
+        "seed": 0,
+        "evaluate_every": 1,
+        "execution": "auto",
+        "threads": 1,
+    }
+
+
+def test_every_field_says_what_it_is() -> None:
+    assert all(field.description for field in RunConfig.model_fields.values())
+
+
+def test_a_file_is_read_and_options_go_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('rounds = 7\nlr = 1\nclip = 2.5\nmethod = "ifca:d=2"\n')
+    config = load_config(path, {"rounds": "9", "clip": "none"})
+    assert (config.rounds, config.lr, config.clip, config.method) == (9, 1.0, None, "ifca:d=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rond = 3", 'c.toml: unknown key "rond"; did you mean "rounds"?'),
+        ("rounds = 0", "c.toml: rounds: got 0, wanted a whole number of at least 1"),
+        ("rounds = 2.5", "c.toml: rounds: got 2.5, wanted a whole number of at least 1"),
+        ("rounds = true", "c.toml: rounds: got true, wanted a whole number of at least 1"),
+        ("[training]\nlr = 1", 'c.toml: [training] is a table; write "key = value" lines only'),
+        ("lr = inf", "c.toml: lr: got Infinity, wanted a number above 0 and at most 1000"),
+        ("rounds = = 3", "c.toml is not a TOML file: Invalid value"),
+        (
+            'execution = "fast"\nclip = 0',
+            'execution: got "fast", wanted one of auto, stacked, sequential',
+        ),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rounds", 0),
+        ("rounds", "x"),
+        ("hidden", 0),
+        ("clients", 0),
+        ("train_fraction", 0),
+        ("train_fraction", 1),
+        ("participation", 0),
+        ("participation", 1.01),
+        ("dropout", -0.1),
+        ("dropout", 1),
+        ("epochs", 0),
+        ("lr", 0),
+        ("lr", "nan"),
+        ("batch_size", 0),
+        ("momentum", 1),
+        ("momentum", -0.1),
+        ("weight_decay", -1),
+        ("clip", 0),
+        ("seed", -1),
+        ("evaluate_every", 0),
+        ("threads", 0),
+        ("data", ""),
+        ("method", ""),
+    ],
+)
+def test_values_outside_the_limits_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: got .*, wanted "):
+        load_config(None, {name: value})
+
+
+def test_an_unknown_override_is_refused() -> None:
+    with pytest.raises(ConfigError, match='unknown key "epoch"; did you mean "epochs"'):
+        load_config(None, {"epoch": 3})
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml cannot be read: No such file"):
+        load_config(tmp_path / "no.toml", {})
+
+
+def test_clients_of_the_data_are_all_taken_unless_a_number_is_given() -> None:
+    assert load_config(None, {"setting": "natural"}).clients is None
+    assert load_config(None, {"setting": "natural", "clients": "3"}).clients == 3
+
+
+def test_natural_clients_run_from_a_folder(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    for name in "abc":
+        y = np.arange(12) % 2
+        np.savez(tmp_path / f"{name}.npz", x=draws.normal(size=(12, 3)) + y[:, None], y=y)
+    overrides = {**TINY, "data": str(tmp_path), "setting": "natural"}
+    del overrides["clients"]
+    result = load_config(None, {**overrides, "method": "fedavg"}).run()
+    assert [client["id"] for client in result["clients"]] == ["a", "b", "c"]
+
+
+def _outcome(changes: dict[str, object]) -> dict[str, Any]:
+    """What a run did: its numbers without its names and without the time it took."""
+    logs: list[dict[str, Any]] = []
+    result = load_config(None, {**TINY, **changes}).run(
+        on_round=lambda log: logs.append({**log.to_json(), "seconds": None})
+    )
+    named = ("setting", "data", "method", "seed", "seconds")
+    return {"logs": logs, **{key: value for key, value in result.items() if key not in named}}
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, Any]:
+    return _outcome({})
+
+
+CHANGED: dict[str, object] = {
+    "data": "gaussian",
+    "setting": "domain",
+    "method": "fedavg",
+    "model": "cnn",
+    "hidden": 5,
+    "clients": 5,
+    "train_fraction": 0.6,
+    "rounds": 3,
+    "participation": 0.5,
+    "dropout": 0.5,
+    "epochs": 2,
+    "lr": 0.2,
+    "batch_size": 8,
+    "momentum": 0.5,
+    "weight_decay": 0.01,
+    "clip": 0.1,
+    "seed": 1,
+    "evaluate_every": 2,
+}
+
+
+def test_a_run_is_repeatable(base: dict[str, Any]) -> None:
+    assert _outcome({}) == base
+
+
+@pytest.mark.parametrize("name", RunConfig.model_fields)
+def test_every_setting_arrives(name: str, base: dict[str, Any]) -> None:
+    if name == "threads":
+        config = load_config(None, {**TINY, "threads": 2})
+        config.simulation(config.federation())
+        assert torch.get_num_threads() == 2
+    elif name == "execution":
+        config = load_config(None, {**TINY, "execution": "sequential"})
+        simulation = config.simulation(config.federation())
+        assert simulation._engine.net is None
+        config = load_config(None, {**TINY, "execution": "stacked"})
+        assert config.simulation(config.federation())._engine.net is not None
+    else:
+        assert json.dumps(_outcome({name: CHANGED[name]})) != json.dumps(base)

@@ -1,0 +1,386 @@
+"""Merging, row steps and the sketch as mathematics: properties, closed forms, literal formulas.
+
+The published rule's golden numbers are in `test_parity`; whole rounds are in other files.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from core_fixture import equal, made_delta, make_updates, net, norm_net, normal, run, soup_tensors
+from fedmerge.algorithms import FedMerge
+from fedmerge.errors import ModelError
+from fedmerge.merging import (
+    FLOOR,
+    ModelSum,
+    Sketch,
+    block_scores,
+    eg_row_step,
+    merge,
+    merge_weighted,
+    merging_weights,
+    row_gradient,
+)
+from fedmerge.params import Layout
+from fedmerge.soup import Soup
+from rule_by_hand import RuleByHand
+
+F64 = torch.float64
+seeds = st.integers(0, 2**31)
+sizes = st.integers(1, 6)
+SEGMENTS = ((0, 3, 0), (3, 8, 1), (8, 10, 0))
+
+
+def f64(seed: int, *shape: int) -> Tensor:
+    return normal(seed, *shape, dtype=F64)
+
+
+def near(a: Tensor, b: Tensor, tol: float = 1e-12) -> bool:
+    scale = float(b.abs().max()) if b.numel() else 1.0
+    return a.shape == b.shape and bool(((a - b).abs() <= tol * max(scale, 1e-300)).all())
+
+
+# -- merging --------------------------------------------------------------------------------------
+
+
+@given(seeds, sizes, sizes)
+def test_a_one_hot_row_returns_that_model(seed: int, k: int, d: int) -> None:
+    models = normal(seed, d, 7)
+    choice = torch.arange(k) % d
+    one_hot = torch.nn.functional.one_hot(choice, d)
+    assert torch.equal(merge_weighted(models, one_hot), models[choice])
+    logits = torch.where(one_hot.bool(), 0.0, -torch.inf)
+    assert torch.equal(merge(models, logits), models[choice])
+
+
+@given(seeds, sizes, sizes, st.floats(0, 300))
+def test_rows_sum_to_one_and_are_not_negative(seed: int, k: int, d: int, spread: float) -> None:
+    weights = merging_weights(spread * f64(seed, k, 2, d))
+    assert near(weights.sum(-1), torch.ones(k, 2, dtype=F64))
+    assert bool((weights >= 0).all())
+
+
+@given(seeds, sizes, sizes)
+def test_permuting_the_models_permutes_the_columns(seed: int, k: int, d: int) -> None:
+    models, logits = f64(seed, d, 10), f64(seed + 1, k, 2, d)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(d))
+    mixed = merge(models[order], logits[..., order], SEGMENTS)
+    assert near(mixed, merge(models, logits, SEGMENTS))
+
+
+@given(seeds, sizes, sizes)
+def test_merging_with_blocks_is_merging_each_block_by_hand(seed: int, k: int, d: int) -> None:
+    models, logits = f64(seed, d, 10), f64(seed + 1, k, 2, d)
+    merged = merge(models, logits, SEGMENTS)
+    weights = torch.softmax(logits, -1)
+    for start, stop, block in SEGMENTS:
+        for i in range(k):
+            by_hand = sum(weights[i, block, j] * models[j, start:stop] for j in range(d))
+            assert near(merged[i, start:stop], by_hand)
+    same = logits[:, :1].expand(-1, 2, -1)
+    assert near(merge(models, same, SEGMENTS), merge(models, logits[:, 0]))
+    assert torch.equal(merge(models, logits[:, :1]), merge(models, logits[:, 0]))
+
+
+def test_merged_rows_keep_the_dtype_of_the_models() -> None:
+    assert merge(normal(0, 2, 4), f64(1, 3, 2)).dtype == torch.float32
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    models = normal(0, 3, 10)
+    with pytest.raises(ModelError, match=r"models \(3, 10\) and rows \(2, 4\) do not fit"):
+        merge(models, normal(1, 2, 4))
+    with pytest.raises(ModelError, match="need segments"):
+        merge(models, normal(1, 2, 2, 3))
+    with pytest.raises(ModelError, match=r"more blocks than the rows have \(2\)"):
+        merge(models, normal(1, 2, 2, 3), ((0, 10, 2),))
+    with pytest.raises(ModelError, match="segments cover 8 of 10 columns"):
+        merge(models, normal(1, 2, 2, 3), SEGMENTS[:2])
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+@given(seeds, sizes, sizes)
+def test_the_row_gradient_is_that_of_autograd(seed: int, k: int, d: int) -> None:
+    """The loss sum_i n_i <delta_i, softmax(logits_i) @ models> has gradient delta_i at merged_i."""
+    models, logits = f64(seed, d, 9).requires_grad_(), f64(seed + 1, k, d).requires_grad_()
+    delta, n = f64(seed + 2, k, 9), 1 + f64(seed + 3, k).abs()
+    (n[:, None] * delta * merge(models, logits)).sum().backward()
+    weights = merging_weights(logits.detach())
+    scores = delta @ models.detach().T
+    closed = n[:, None] * weights * row_gradient(weights, scores)
+    assert near(closed, logits.grad, 1e-10) or float(logits.grad.abs().max()) < 1e-12
+    assert near((weights * n[:, None]).T @ delta, models.grad, 1e-10)
+    # And the step of the models is that gradient, each model's divided by its mass.
+    total = ModelSum.of(d, 1, ((0, 9, 0),), 9)
+    total.add((weights * n[:, None])[:, None], delta)
+    moved = models.detach() - total.step(models.detach())
+    assert near(moved * total.mass[0][:, None], models.grad, 1e-9)
+
+
+@given(seeds, sizes)
+def test_block_scores_are_inner_products_over_each_block(seed: int, d: int) -> None:
+    delta, models = f64(seed, 3, 10), f64(seed + 1, d, 10)
+    scores = block_scores(delta, models, ((0, 4), (4, 9)))
+    assert scores.shape == (3, 2, d)
+    assert near(scores[:, 1], delta[:, 4:9] @ models[:, 4:9].T)
+    assert near(scores[:, 0], delta[:, :4] @ models[:, :4].T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scores_of_huge_numbers_do_not_overflow(dtype: torch.dtype) -> None:
+    big = torch.full((1, 4), float(torch.finfo(dtype).max) / 2, dtype=dtype)
+    assert bool(block_scores(big, big, ((0, 4),)).isfinite().all())
+
+
+# -- the default rule's row step ------------------------------------------------------------------
+
+
+def numpy_row_step(
+    logits: Tensor, scores: Tensor, length: Tensor, pace: Tensor, cap: float
+) -> np.ndarray:
+    """The formulas, one row after another."""
+    made = np.empty(logits.shape)
+    for i, b in np.ndindex(*logits.shape[:2]):
+        w = np.exp(logits[i, b].numpy() - logits[i, b].max().item())
+        w /= w.sum()
+        score = scores[i, b].numpy()
+        s = (score - (w * score).sum()) / float(length[i])
+        if np.abs(s).max() > cap:
+            s = s / np.abs(s).max() * cap
+        raised = np.log(np.maximum(w, 1e-6)) - s * float(pace[i])
+        made[i, b] = raised - np.log(np.exp(raised).sum())
+    return made
+
+
+@given(seeds, sizes, sizes, st.floats(0.01, 100), st.floats(0.01, 2))
+def test_the_row_step_is_its_formula(seed: int, k: int, d: int, spread: float, cap: float) -> None:
+    logits, scores = 10 * f64(seed, k, 2, d), spread * f64(seed + 1, k, 2, d)
+    length, pace = 0.1 + f64(seed + 2, k).abs(), 5 * f64(seed + 3, k).abs()
+    step = eg_row_step(logits, scores, length, pace, cap=cap)
+    by_hand = numpy_row_step(logits, scores, length, pace, cap)
+    np.testing.assert_allclose(step.numpy(), by_hand, rtol=1e-10, atol=1e-10)
+    assert near(step.exp().sum(-1), torch.ones(k, 2, dtype=F64))
+
+
+def one_step(scores: list[float], *, pace: float = 1.0, cap: float = 0.1) -> Tensor:
+    """Change of the log-weights of a uniform row, up to its normalisation: (d,)."""
+    d = len(scores)
+    logits = eg_row_step(
+        torch.zeros(1, 1, d, dtype=F64),
+        torch.tensor([[scores]], dtype=F64),
+        torch.ones(1, dtype=F64),
+        torch.tensor([pace], dtype=F64),
+        cap=cap,
+    )[0, 0]
+    return logits - logits.mean()
+
+
+def test_a_model_that_would_lower_the_loss_gains_weight() -> None:
+    # delta = start - end points uphill: a model that lies along it is a worse one.
+    change = one_step([0.02, 0.0, -0.02])
+    assert near(change, torch.tensor([-0.02, 0.0, 0.02], dtype=F64))
+
+
+def test_the_cap_keeps_the_direction_and_pace_comes_after_it() -> None:
+    assert near(one_step([40.0, 0.0, -20.0, -20.0]), torch.tensor([-0.1, 0, 0.05, 0.05], dtype=F64))
+    small = one_step([0.04, 0.0, -0.04])
+    assert near(one_step([0.04, 0.0, -0.04], pace=3), 3 * small)
+    assert near(one_step([40.0, 0.0, -40.0], pace=3), torch.tensor([-0.3, 0, 0.3], dtype=F64))
+
+
+def test_an_unused_model_can_come_back() -> None:
+    logits = torch.tensor([[[0.0, -200.0]]], dtype=F64)
+    one = torch.ones(1, dtype=F64)
+    step = eg_row_step(logits, torch.zeros(1, 1, 2, dtype=F64), one, one, cap=0.1)
+    assert step.exp()[0, 0, 1] == pytest.approx(FLOOR, rel=1e-5)
+
+
+# -- the sum over a round -------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 7), st.integers(1, 4), st.lists(st.integers(1, 6), max_size=4))
+def test_order_and_chunking_of_a_sum_do_not_matter(
+    seed: int, k: int, d: int, cuts: list[int]
+) -> None:
+    coef, delta, models = f64(seed, k, 2, d).abs(), normal(seed + 1, k, 10), normal(seed + 2, d, 10)
+    whole = ModelSum.of(d, 2, SEGMENTS, 10)
+    whole.add(coef, delta)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(k))
+    parts = ModelSum.of(d, 2, SEGMENTS, 10)
+    for chunk in torch.tensor_split(order, [c for c in sorted(cuts) if c < k]):
+        if len(chunk):
+            parts.add(coef[chunk], delta[chunk])
+    assert near(parts.total, whole.total, 1e-14 * k)
+    assert near(parts.mass, whole.mass, 1e-14 * k)
+    by_hand = torch.stack(
+        [
+            sum(coef[i, [0] * 3 + [1] * 5 + [0] * 2, j] * delta[i].double() for i in range(k))
+            for j in range(d)
+        ]
+    )
+    assert near(whole.total, by_hand, 1e-13)
+    mass = coef.sum(0)[[0] * 3 + [1] * 5 + [0] * 2].T
+    assert near(whole.step(models.double()), models.double() - by_hand / mass, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_returns_new_models_and_an_unused_one_stays(dtype: torch.dtype) -> None:
+    models = normal(0, 3, 10, dtype=dtype)
+    before = models.clone()
+    total = ModelSum.of(3, 1, ((0, 10, 0),), 8)
+    total.add(torch.tensor([[[1.0, 0.0, 0.5]]], dtype=F64), normal(1, 1, 10, dtype=dtype))
+    moved = total.step(models)
+    assert torch.equal(models, before)
+    assert moved.dtype == dtype
+    assert torch.equal(moved[1], models[1])
+    assert not (moved[[0, 2]] == models[[0, 2]]).any()
+
+
+def test_statistics_become_convex_combinations_and_counters_the_largest() -> None:
+    layout = Layout.of(norm_net().double())
+    d, k = 3, 4
+    total = ModelSum.for_layout(layout, d)
+    coef = f64(0, k, 3, d).abs()
+    coef[:, :, 2] = 0  # nobody uses the last model
+    end = f64(1, k, layout.size).abs()  # variances far below the models' own
+    end[:, layout.counters] = torch.tensor([[3.0], [9.0], [4.0], [1.0]], dtype=F64)
+    models = 50 + f64(2, d, layout.size).abs()
+    models[:, layout.counters] = 5
+    total.add(coef[:2], end[:2])
+    total.add(coef[2:], end[2:])
+    made = layout.views(total.step(models))
+    sent = layout.views(end)
+    for name in ("1.running_mean", "1.running_var"):
+        for j in (0, 1):
+            share = coef[:, 1, j] / coef[:, 1, j].sum()
+            assert near(made[name][j], share @ sent[name])
+        assert torch.equal(made[name][2], layout.views(models)[name][2])
+        assert bool((made[name] > 0).all())
+    assert total.step(models)[:, layout.counters].flatten().tolist() == [9, 9, 9]
+
+
+def test_a_negative_whole_number_in_a_buffer_is_kept() -> None:
+    total = ModelSum.of(1, 1, ((0, 3, 0),), 2, counters=1)
+    total.add(torch.ones(2, 1, 1, dtype=F64), torch.tensor([[0.0, 0, -7], [0, 0, -7]]))
+    assert float(total.step(torch.tensor([[1.0, 1, -7]]))[0, 2]) == -7
+
+
+# -- the sketch -----------------------------------------------------------------------------------
+
+
+def test_a_sketch_at_least_as_long_as_a_block_is_exact() -> None:
+    spans = ((0, 30), (30, 37))
+    a, b = f64(0, 2, 37), f64(1, 2, 37)
+    sketch = Sketch.of(spans, 30, 5)
+    inner = (sketch(a) * sketch(b)).sum(-1)
+    exact = torch.stack([(a * b)[:, s:e].sum(-1) for s, e in spans], 1)
+    assert near(inner, exact)
+
+
+def test_a_sketch_keeps_inner_products_without_bias() -> None:
+    n, size, draws = 200, 16, 600
+    a, b = f64(0, 1, n), f64(1, 1, n) + f64(0, 1, n)
+    found = torch.stack(
+        [(s(a) * s(b)).sum() for s in (Sketch.of(((0, n),), size, i) for i in range(draws))]
+    )
+    true = float((a * b).sum())
+    error = float(found.std()) / draws**0.5
+    assert float(found.std()) > 10  # these sketches are not exact, and
+    assert abs(float(found.mean()) - true) < 4 * error
+    # the spread is what the theory says: (|a|^2 |b|^2 + <a, b>^2 - 2 sum a^2 b^2) / size.
+    variance = (a.square().sum() * b.square().sum() + true**2 - 2 * (a * b).square().sum()) / size
+    assert float(found.var()) == pytest.approx(float(variance), rel=0.25)
+
+
+def test_a_sketch_is_fixed_by_its_seed_and_linear() -> None:
+    spans = ((0, 50),)
+    a, b = f64(0, 3, 50), f64(1, 3, 50)
+    sketch = Sketch.of(spans, 8, 1)
+    assert near(sketch(a - 2 * b), sketch(a) - 2 * sketch(b))
+    Sketch.of.cache_clear()
+    assert torch.equal(Sketch.of(spans, 8, 1)(a), sketch(a))
+    assert not torch.equal(Sketch.of(spans, 8, 2)(a), sketch(a))
+    assert sketch(a.half()).dtype == torch.float32
+
+
+# -- whole rounds ---------------------------------------------------------------------------------
+
+
+def test_one_model_is_fedavg_to_the_bit() -> None:
+    options = {"rounds": 5, "participation": 0.7}
+    merged, averaged = run("fedmerge:d=1", **options), run("fedavg", **options)
+    assert torch.equal(merged.soup.shared["models"], averaged.soup.shared["models"])
+    for a, b in zip(merged.history, averaged.history, strict=True):
+        assert a.metrics == b.metrics
+
+
+COHORTS = (
+    ("a", "b", "c", "d", "g"),
+    ("b", "d"),
+    ("a", "b", "e"),
+    ("c", "d", "e"),
+    ("b", "c"),
+    ("a", "b", "c", "d", "e"),
+    ("f", "a"),
+    ("d",),
+    ("d", "b", "a", "e", "f", "c", "g"),
+)
+"""Clients that come late, that miss seven rounds, and that take part beyond the horizon."""
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_the_default_rule_is_its_literal_transcription(leave_one_out: bool) -> None:
+    soup = Soup(
+        FedMerge(d=4, cap=0.5, horizon=3, init_noise=2, sketch=64, leave_one_out=leave_one_out),
+        net(dtype=F64),
+        seed=3,
+    )
+    layout = soup.setup.layout
+    assert all(stop - start <= 64 for start, stop in layout.spans)
+    hand = RuleByHand(
+        soup.shared["models"].numpy().copy(),
+        layout.spans,
+        cap=0.5,
+        horizon=3,
+        leave_one_out=leave_one_out,
+    )
+    for t, cohort in enumerate(COHORTS):
+        sent = soup.send(cohort)
+        for i, client in enumerate(cohort):
+            np.testing.assert_allclose(sent.message[i, 0], hand.merged(client), rtol=1e-6)
+        # Some steps below the cap, some above it.
+        delta = (0.02 if t % 2 else 2.0) * made_delta(soup, len(cohort), 50 + t)
+        updates = make_updates(sent, delta, lr=torch.linspace(0.1, 0.4, len(cohort), dtype=F64))
+        assert soup.fold(updates) == []
+        soup.commit()
+        length = updates.lr * updates.steps
+        hand.step(
+            {c: delta[i].numpy() for i, c in enumerate(cohort)},
+            {c: int(updates.n_examples[i]) for i, c in enumerate(cohort)},
+            {c: float(length[i]) for i, c in enumerate(cohort)},
+        )
+        weights = soup.weights(list(hand.weights))
+        assert weights is not None
+        np.testing.assert_allclose(weights, np.stack(list(hand.weights.values())), rtol=1e-5)
+        np.testing.assert_allclose(soup.shared["models"], hand.models, rtol=1e-5, atol=1e-6)
+    # It was not a test of rows that stay as they were.
+    assert float((weights - 0.25).abs().max()) > 0.1
+
+
+def test_a_round_does_not_change_the_state_before_it() -> None:
+    soup = Soup(FedMerge(d=3), net(dtype=F64))
+    sent = soup.send(["a", "b"])
+    before = soup_tensors(soup)
+    shared = soup.shared
+    kept = {name: value.clone() for name, value in shared.items()}
+    soup.fold(make_updates(sent, made_delta(soup, 2, 0)))
+    soup.commit()
+    assert equal(shared, kept)
+    assert not equal(before, soup_tensors(soup))

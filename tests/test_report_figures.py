@@ -1,0 +1,326 @@
+"""The pictures: what they show, and the inline SVG made of them.
+
+Looks are judged by eye, not here; these tests hold the numbers, the names and the form.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from fedmerge.errors import ConfigError, MissingExtraError
+from fedmerge.report import figures
+from fedmerge.report.drawing import INK, PALETTE, SURFACE, spread
+from fedmerge.report.figures import LabelCounts, method_styles, row_order, to_svg
+from fedmerge.report.runs import ClientResult, Run, load_runs
+from report_fixture import METHODS, write_folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    return load_runs(write_folder(folder, settings=("concept-mix",), seeds=(0, 1), rounds=12))
+
+
+def of(runs: Sequence[Run], method: str) -> list[Run]:
+    return [run for run in runs if run.method == method]
+
+
+def with_accuracies(run: Run, accuracies: Mapping[str, float]) -> Run:
+    clients = tuple(
+        ClientResult(name, None, 1, 1, 1, {"merged": value}, {})
+        for name, value in accuracies.items()
+    )
+    return replace(run, clients=clients)
+
+
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+# ---- order of rows
+
+
+def test_equal_rows_come_out_side_by_side() -> None:
+    rng = np.random.default_rng(0)
+    kinds = rng.permutation(np.repeat(np.arange(6), 5))
+    weights = rng.dirichlet(np.ones(4), size=(6, 2))[kinds]
+    order = row_order(weights)
+    assert sorted(order) == list(range(30))
+    changes = np.count_nonzero(np.diff(kinds[order]))
+    assert changes == 5  # six kinds in one piece each
+
+
+def test_like_rows_stand_together_along_a_bow() -> None:
+    # On a bow that turns back, neither coordinate alone gives the order.
+    places = np.array([4, 1, 6, 3, 0, 5, 2])
+    angle = np.pi * (0.3 + 0.2 * places)
+    order = row_order(np.stack([np.cos(angle), np.sin(angle)], axis=1)[:, None])
+    seen = places[order].tolist()
+    assert seen in (sorted(seen), sorted(seen, reverse=True))
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_one_or_two_rows_need_no_order(m: int) -> None:
+    assert row_order(np.ones((m, 1, 3))) == list(range(m))
+
+
+# ---- what is drawn
+
+
+def test_learning_curves_draw_the_mean_over_seeds(runs: list[Run]) -> None:
+    figure = figures.learning_curves(runs)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    ours = of(runs, "fedmerge")
+    rounds = [point.round for point in ours[0].log if point.accuracy]
+    wanted = np.mean([[p.accuracy["merged"] for p in run.log if p.accuracy] for run in ours], 0)
+    assert np.asarray(lines["fedmerge"].get_xdata()).tolist() == rounds
+    np.testing.assert_allclose(np.asarray(lines["fedmerge"].get_ydata(), dtype=float), wanted)
+    assert set(METHODS) <= set(texts(figure))
+    assert figure.axes[0].get_legend() is None
+
+
+def test_curves_use_only_rounds_that_every_seed_has(runs: list[Run]) -> None:
+    first, second = of(runs, "local")
+    figure = figures.learning_curves([first, replace(second, log=second.log[:6])])
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "local"]
+    assert max(np.asarray(line.get_xdata())) == 6
+
+
+def test_curves_of_a_regression_show_the_loss(runs: list[Run]) -> None:
+    plain = [
+        replace(run, log=tuple(replace(point, accuracy={}) for point in run.log)) for run in runs
+    ]
+    assert "mean test loss of the merged model, nats" in texts(figures.learning_curves(plain))
+
+
+def test_nothing_logged_is_said(runs: list[Run]) -> None:
+    empty = [replace(run, log=()) for run in runs]
+    assert "nothing was logged" in texts(figures.learning_curves(empty))
+    assert "nothing was logged" in texts(figures.gap_over_rounds(empty))
+
+
+def test_the_gap_turns_logarithmic_only_when_it_is_wide(runs: list[Run]) -> None:
+    assert figures.gap_over_rounds(runs).axes[0].get_yscale() == "symlog"
+    assert figures.gap_over_rounds(of(runs, "fedavg")).axes[0].get_yscale() == "linear"
+
+
+def test_many_methods_get_a_legend_instead_of_labels(runs: list[Run]) -> None:
+    many = [replace(runs[0], method=f"m{i}") for i in range(30)]
+    assert figures.learning_curves(many).axes[0].get_legend() is not None
+
+
+def test_the_heat_map_shows_the_weights_in_the_order_of_its_names(runs: list[Run]) -> None:
+    run = of(runs, "fedmerge")[0]
+    figure = figures.weights_heatmap(run)
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("block")]
+    assert [axes.get_title(loc="left") for axes in panels] == ["block 0", "block 2"]
+    names = [text.get_text() for text in panels[1].get_yticklabels()]
+    at = {client.id: i for i, client in enumerate(run.clients)}
+    assert run.weights is not None
+    scale = np.ceil(run.weights.max() * 10) / 10
+    for block, axes in enumerate(panels):
+        drawn = np.asarray(axes.get_images()[0].get_array())[..., 3]
+        np.testing.assert_allclose(drawn * scale, run.weights[[at[n] for n in names], block])
+    assert {client.kind for client in run.clients} <= set(texts(figure))
+
+
+def test_a_heat_map_of_many_clients_is_a_sample_and_says_so(runs: list[Run]) -> None:
+    run = of(runs, "fedmerge")[0]
+    assert run.weights is not None
+    large = replace(run, clients=run.clients * 10, weights=np.tile(run.weights, (10, 1, 1)))
+    assert any("160 of 320 clients" in text for text in texts(figures.weights_heatmap(large)))
+
+
+def test_a_heat_map_needs_weights(runs: list[Run]) -> None:
+    with pytest.raises(ConfigError, match=r'no merging weights .*method = "fedavg"'):
+        figures.weights_heatmap(of(runs, "fedavg")[0])
+
+
+def test_the_scatter_pairs_clients_by_id_and_seed_and_counts_sides(runs: list[Run]) -> None:
+    ours, theirs = of(runs, "fedmerge"), of(runs, "fedavg")
+    mine = [with_accuracies(ours[0], {"a": 0.9, "b": 0.5, "c": 0.7, "only": 1.0})]
+    other = [
+        with_accuracies(theirs[1], {"a": 1.0, "b": 1.0, "c": 1.0}),  # another seed: not paired
+        with_accuracies(theirs[0], {"c": 0.7, "b": 0.6, "a": 0.3}),
+    ]
+    assert sorted(figures.client_pairs(mine, other)) == [(0.3, 0.9), (0.6, 0.5), (0.7, 0.7)]
+    shown = texts(figures.client_scatter(mine, other))
+    assert "better with fedmerge: 1 of 3 (clients × seeds)" in shown
+    assert "better with fedavg: 1, equal: 1" in shown
+    with pytest.raises(ConfigError, match="share no client"):
+        figures.client_scatter(mine, other[:1])
+
+
+def test_dots_stand_at_the_mean(runs: list[Run]) -> None:
+    axes = figures.method_dots(of(runs, "ditto")).axes[0]
+    marks = [line for line in axes.get_lines() if len(np.asarray(line.get_xdata())) == 1]
+    values = [run.models["merged"].accuracy for run in of(runs, "ditto")]
+    assert [float(np.asarray(m.get_xdata())[0]) for m in marks] == [np.mean(values)]
+
+
+def test_the_data_split_stacks_counts_grouped_by_kind() -> None:
+    rows = [
+        LabelCounts("a", "x", [3, 0]),
+        LabelCounts("b", "y", [1, 1]),
+        LabelCounts("c", "x", [0, 2]),
+    ]
+    images = {"x": [np.zeros((8, 8))] * 6, "y": [np.zeros((8, 8, 3))]}
+    figure = figures.data_split(rows, "digits", images=images)
+    bars = figure.axes[0].patches
+    assert [bar.get_width() for bar in bars] == [3, 0, 1, 0, 2, 1]  # a, c, b; label 0 then 1
+    assert [bar.get_x() for bar in bars[3:]] == [3, 0, 1]
+    assert sum(len(axes.get_images()) for axes in figure.axes) == 4 + 1
+    assert {"digits", "x", "y"} <= set(texts(figure))
+    to_svg(figure)
+    with pytest.raises(ConfigError, match="got 1 names, wanted one for each of 2"):
+        figures.data_split(rows, "digits", labels=["zero"])
+    with pytest.raises(ConfigError, match="no clients"):
+        figures.data_split([], "digits")
+
+
+# ---- looks
+
+
+def test_each_method_keeps_its_look_and_differs_by_more_than_colour() -> None:
+    styles = method_styles(METHODS)
+    assert styles["fedmerge"].colour == PALETTE["accent"][0]
+    assert method_styles(["fedavg", "fedmerge"])["fedmerge"].colour == PALETTE["accent"][0]
+    rivals = [styles[name] for name in METHODS if name != "fedmerge"]
+    assert len({style.marker for style in rivals}) == len(rivals)
+    assert len({str(style.line) for style in rivals}) == len(rivals)
+    assert PALETTE["accent"][0] not in {style.colour for style in rivals}
+
+
+def linear(colour: str) -> Any:
+    rgb = np.array(to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+# What eyes without one kind of cone see, on linear RGB (Machado, Oliveira and Fernandes, 2009).
+VISION = {
+    "full": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no red cone": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "no green cone": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.01182, 0.04294, 0.968881],
+    ],
+}
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_in_each_colour_can_be_read_on_its_page(theme: int) -> None:
+    weights = [0.2126, 0.7152, 0.0722]
+    ground = float(linear(("#fdfcf9", "#14171b")[theme]) @ weights)
+    for name, colours in PALETTE.items():
+        low, high = sorted((ground, float(linear(colours[theme]) @ weights)))
+        assert (high + 0.05) / (low + 0.05) >= 3.8, name
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+@pytest.mark.parametrize("vision", VISION)
+def test_colours_stay_apart_for_every_eye(theme: int, vision: str) -> None:
+    def lab(colour: str) -> Any:
+        seen = np.clip(np.array(VISION[vision]) @ linear(colour), 0, 1)
+        to_xyz = [[0.4339, 0.3762, 0.19], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8728]]
+        x, y, z = np.cbrt(np.array(to_xyz) @ seen)
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    for (one, first), (other, second) in combinations(PALETTE.items(), 2):
+        distance = np.linalg.norm(lab(first[theme]) - lab(second[theme]))
+        assert distance > 8, (one, other)
+
+
+def test_labels_are_spread_by_the_least_and_stay_inside() -> None:
+    assert spread([0.2, 0.8], 0.1) == [0.2, 0.8]
+    np.testing.assert_allclose(spread([0.5, 0.5], 0.1), [0.45, 0.55])
+    np.testing.assert_allclose(spread([1.0, 0.99], 0.1), [1.0, 0.9])
+    crowded = spread([0.3, 0.31, 0.1, 0.32, 0.9], 0.08)
+    assert np.diff(sorted(crowded)).min() >= 0.08 - 1e-9
+    assert np.argsort(crowded).tolist() == np.argsort([0.3, 0.31, 0.1, 0.32, 0.9]).tolist()
+
+
+# ---- SVG
+
+
+def test_svg_follows_the_page_and_repeats_to_the_byte(runs: list[Run]) -> None:
+    svg = to_svg(figures.learning_curves(runs))
+    assert svg == to_svg(figures.learning_curves(runs))
+    assert "currentColor" in svg
+    assert "var(--accent, " in svg
+    assert INK not in svg
+    assert SURFACE not in svg
+    assert "<text" in svg  # text, not outlines
+    assert "metadata" not in svg
+    assert not re.search(r"fill: ?#fff", svg)  # nothing opaque behind the picture
+
+
+def test_svg_is_named_and_its_ids_are_its_own(runs: list[Run]) -> None:
+    one, two = to_svg(figures.learning_curves(runs)), to_svg(figures.gap_over_rounds(runs))
+    root = ET.fromstring(one)
+    assert "test accuracy" in root.attrib["aria-label"]
+    assert root[0].tag.endswith("title")
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (one, two)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for svg, own in zip((one, two), ids, strict=True):
+        used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg)
+        assert {a or b for a, b in used} == own
+
+
+def test_names_are_escaped_and_never_taken_for_formulas(runs: list[Run]) -> None:
+    run = of(runs, "fedmerge")[0]
+    names = ["<i>", "$x_1$", "$5", "a&b"]
+    clients = tuple(
+        replace(c, id=names[i % 4], kind=f"<k{i % 4}> $") for i, c in enumerate(run.clients)
+    )
+    svg = to_svg(figures.weights_heatmap(replace(run, clients=clients)), label='"<b>"')
+    ET.fromstring(svg)
+    assert "&lt;i&gt;" in svg
+    assert "$x_1$" in svg
+    assert "<i>" not in svg
+    assert 'aria-label="&quot;&lt;b&gt;&quot;"' in svg
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_saved_files_repeat_to_the_byte(runs: list[Run], tmp_path: Path, ending: str) -> None:
+    for name in ("a", "b"):
+        figures.save(figures.method_dots(runs), tmp_path / f"{name}.{ending}")
+    first, second = (tmp_path / f"{name}.{ending}" for name in ("a", "b"))
+    assert first.stat().st_size > 1000
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_an_unknown_ending_is_an_error(runs: list[Run], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'got ending ".gif", wanted .png, .svg or .pdf'):
+        figures.save(figures.method_dots(runs), tmp_path / "x.gif")
+
+
+def test_settings_of_matplotlib_are_left_as_they_were(runs: list[Run]) -> None:
+    before = dict(matplotlib.rcParams)
+    to_svg(figures.method_dots(runs))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_without_matplotlib_the_extra_is_named(
+    runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"fedmerge\[report\]"):
+        figures.learning_curves(runs)

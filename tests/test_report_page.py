@@ -1,0 +1,179 @@
+"""The report page as a browser gets it: complete, self-contained, escaped and repeatable.
+
+The page is parsed, not rendered: no browser is needed here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fedmerge.errors import MissingExtraError, StateError
+from fedmerge.report import write_report
+from report_fixture import METHODS, SETTINGS, write_folder, write_run
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses, ids and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in {"src", "href", "xlink:href", "srcset", "action", "data"}:
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("compare"), seeds=(0, 1), rounds=12)
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def test_the_page_asks_nothing_of_the_network(text: str) -> None:
+    page = Page(text)
+    assert page.addresses
+    assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert "@import" not in text
+    assert all(part.startswith("#") for part in text.split("url(")[1:])
+    assert "default-src 'none'" in text
+
+
+def test_the_page_names_every_method_and_setting(text: str) -> None:
+    words = set(Page(text).words)
+    assert set(METHODS) <= words
+    assert set(SETTINGS) <= words
+
+
+def test_the_page_holds_its_parts(text: str) -> None:
+    page = Page(text)
+    joined = " ".join(page.words)
+    assert joined.count("The same client with both methods") == len(SETTINGS)
+    assert page.tags.count("svg") == 5 * len(SETTINGS)
+    assert page.tags.count("input") == len(SETTINGS)  # the setting selector
+    for part in (
+        "FedMerge had the best merged-model accuracy in",
+        "Where FedMerge did not have the best mean",
+        "In domain, ditto was ahead by",
+        "Test accuracy, merged model",
+        "Test accuracy, tuned model",
+        "Test accuracy of the worst tenth of clients, local model",
+        "worst tenth",
+        "test gap, nats",
+        "16.8 kB",
+        "training.epochs",
+        "0, 1",
+        "local-global gap",
+        "paired t-test",
+    ):
+        assert part in joined, part
+    assert len(page.ids) == len(set(page.ids))
+    assert text.startswith("<!DOCTYPE html>")
+    assert len(text) < 2_000_000
+
+
+def test_equal_runs_give_equal_bytes(folder: Path, text: str) -> None:
+    assert write_report(folder).read_bytes() == text.encode()
+    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "results.jsonl", "runs"]
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    result = write_run(tmp_path, "<script>alert(1)<script>", "fedmerge:x=<b>", 0, 4, clients=4)
+    path = next(tmp_path.glob("runs/*/result.json"))
+    for client in result["clients"]:
+        client["id"] = client["kind"] = "<script>"
+    path.write_text(json.dumps(result | {"data": "<img src=x>"}))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert not {"script", "img", "b"} & set(Page(text).tags)
+    assert "&lt;script&gt;" in text
+
+
+def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path, "domain", "fedmerge", 0, 4)
+    write_run(tmp_path, "domain", "fedmerge", 1, 4)
+    write_run(tmp_path, "domain", "fedavg", 0, 4)
+    write_run(tmp_path, "domain", "fedavg", 1, 4)
+    (tmp_path / "runs/domain--fedavg--1/result.json").unlink()
+    path = tmp_path / "runs/domain--fedmerge--1/result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"refused": {"stale": 2}}))
+    joined = " ".join(Page(write_report(tmp_path).read_text()).words)
+    assert "1 run is not finished and not shown: domain--fedavg--1." in joined
+    assert "1 missing: fedavg in domain (seed 1)." in joined
+    assert "Updates were refused in fedmerge in domain, seed 1: 2 stale." in joined
+
+
+def test_one_method_one_setting_one_seed_make_a_page(tmp_path: Path) -> None:
+    write_run(tmp_path, "dirichlet", "local", 0, 1, clients=1)
+    page = Page(write_report(tmp_path).read_text())
+    assert "input" not in page.tags
+    assert "FedMerge is not among these runs, which hold only local." in page.words
+
+
+def test_a_regression_makes_a_page_about_loss(tmp_path: Path) -> None:
+    for method in ("fedmerge", "fedavg"):
+        write_run(tmp_path, "domain", method, 0, 2, clients=6)
+    for path in tmp_path.glob("runs/*/result.json"):
+        result = json.loads(path.read_text())
+        for scores in result["models"].values():
+            scores |= {"accuracy": None, "accuracy_std": None, "accuracy_worst_decile": None}
+        for client in result["clients"]:
+            client["accuracy"] = dict.fromkeys(client["accuracy"])
+        path.write_text(json.dumps(result))
+        log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+        for record in log:
+            for splits in record["metrics"].values():
+                for summary in splits.values():
+                    summary["accuracy"] = None
+        (path.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    joined = " ".join(Page(write_report(tmp_path).read_text()).words)
+    assert "Test loss, merged model" in joined
+    assert "Test accuracy" not in joined
+    assert "FedMerge had the best merged-model loss in domain" in joined
+
+
+def test_a_broken_run_leaves_the_old_page_alone(tmp_path: Path) -> None:
+    write_run(tmp_path, "domain", "local", 0, 2)
+    (tmp_path / "report.html").write_text("old")
+    next(tmp_path.glob("runs/*/result.json")).write_text("{")
+    with pytest.raises(StateError, match="not valid JSON"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
+def test_without_the_extra_its_command_is_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"fedmerge\[report\]"):
+        write_report(folder)
+
+
+def test_importing_the_package_imports_no_extra() -> None:
+    code = (
+        "import sys, fedmerge.report; "
+        "sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -1,0 +1,448 @@
+"""Reading run folders, the comparison and its marks, and the sentences made from them.
+
+Nothing is drawn here; pictures and the page have tests of their own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from fedmerge.errors import ConfigError, StateError
+from fedmerge.report.ranking import not_worse
+from fedmerge.report.runs import Run, Scores, is_fedmerge, load_runs, unfinished
+from fedmerge.report.tables import (
+    Findings,
+    comparison,
+    entry_text,
+    findings,
+    print_table,
+    size_text,
+    to_markdown,
+)
+from report_fixture import write_folder, write_run
+
+Values = Mapping[str, Mapping[str, Sequence[float | None]]]
+
+
+def make(values: Values, loss: Values | None = None) -> list[Run]:
+    """Runs with these merged accuracies by setting, method and seed; loss 1 unless given."""
+    return [
+        Run(
+            folder="",
+            setting=setting,
+            data="digits",
+            method=method,
+            seed=seed,
+            rounds=1,
+            seconds=1.0,
+            models={
+                "merged": Scores(value, 0.0, value, loss[setting][method][seed] if loss else 1.0)
+            },
+            gap_train=None,
+            gap_test=0.1,
+            bytes_up=1000.0,
+            bytes_down=1000.0,
+            clients=(),
+            blocks=None,
+            config={},
+            log=(),
+        )
+        for setting, column in values.items()
+        for method, seeds in column.items()
+        for seed, value in enumerate(seeds)
+    ]
+
+
+def said(values: Values, loss: Values | None = None) -> Findings:
+    return findings(make(values, loss))
+
+
+# ---- reading
+
+
+def test_runs_are_read_in_the_order_that_was_asked_for(tmp_path: Path) -> None:
+    methods = ("fedmerge", "local", "fedavg")
+    write_folder(tmp_path, settings=("domain", "concept-mix"), methods=methods, rounds=4)
+    runs = load_runs(tmp_path)
+    assert [run.method for run in runs[:9:3]] == list(methods)
+    assert [run.setting for run in runs] == ["domain"] * 9 + ["concept-mix"] * 9
+    assert [run.seed for run in runs[:3]] == [0, 1, 2]
+
+
+def test_a_run_holds_what_was_written(tmp_path: Path) -> None:
+    result = write_run(tmp_path, "domain", "fedmerge", 1, rounds=4, clients=6)
+    (run,) = load_runs(tmp_path)
+    assert run.weights is not None
+    assert run.weights.tolist() == result["weights"]
+    assert run.models["tuned"].accuracy == result["models"]["tuned"]["accuracy"]
+    assert run.clients[4].kind == "inverted"
+    assert run.config["training"]["epochs"] == 2
+    assert [point.round for point in run.log] == [1, 2, 3, 4]
+    assert run.log[0].accuracy == {}
+    assert run.log[0].gap_test is None
+    assert run.log[3].accuracy["merged"] == pytest.approx(result["models"]["merged"]["accuracy"])
+
+
+def test_a_single_run_folder_is_read_too(tmp_path: Path) -> None:
+    write_run(tmp_path, "domain", "fedmerge", 0, rounds=2)
+    (run,) = load_runs(next((tmp_path / "runs").iterdir()))
+    assert run.method == "fedmerge"
+
+
+def test_a_round_logged_twice_counts_once_and_the_last_holds(tmp_path: Path) -> None:
+    write_run(tmp_path, "domain", "local", 0, rounds=2)
+    path = next(tmp_path.glob("runs/*/log.jsonl"))
+    last = json.loads(path.read_text().splitlines()[-1]) | {"gap_test": 7.0}
+    path.write_text(path.read_text() + json.dumps(last) + "\n")
+    (run,) = load_runs(tmp_path)
+    assert [point.round for point in run.log] == [1, 2]
+    assert run.log[-1].gap_test == 7.0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("result.json", '{"setting": "dom', "not valid JSON at line 1, column 13"),
+        ("result.json", "[1]", "got a list, wanted an object"),
+        ("result.json", "{}", "the key 'clients' is missing"),
+        ("log.jsonl", '{"round": 1}', "log.jsonl, line 1: not of the form"),
+        ("log.jsonl", "{", "not valid JSON at line 1"),
+        ("config.json", None, "config.json: cannot be read (FileNotFoundError)"),
+    ],
+)
+def test_a_broken_file_gives_one_clear_line(
+    tmp_path: Path, name: str, text: str | None, part: str
+) -> None:
+    write_run(tmp_path, "domain", "local", 0, rounds=2)
+    path = next(tmp_path.glob(f"runs/*/{name}"))
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(StateError) as caught:
+        load_runs(tmp_path)
+    message = str(caught.value)
+    assert part in message
+    assert name in message
+    assert message.endswith("delete its run folder and run it again")
+    assert "\n" not in message
+
+
+def test_weights_of_a_wrong_shape_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "domain", "fedmerge", 0, rounds=2)
+    path = next(tmp_path.glob("runs/*/result.json"))
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"weights": result["weights"][1:]}))
+    with pytest.raises(StateError, match=r"weights have shape \(31, 2, 5\), wanted \(32, 2\)"):
+        load_runs(tmp_path)
+
+
+def test_a_folder_without_results_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"no finished run .*fedmerge compare"):
+        load_runs(tmp_path)
+
+
+def test_unfinished_runs_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path, "domain", "local", 0, rounds=2)
+    write_run(tmp_path, "domain", "local", 1, rounds=2)
+    (tmp_path / "runs/domain--local--1/result.json").unlink()
+    assert unfinished(tmp_path) == ("domain--local--1",)
+    assert [run.seed for run in load_runs(tmp_path)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("method", "ours"),
+    [("fedmerge", True), ("fedmerge:d=8", True), ("fedmerge-paper", True), ("fedavg-ft", False)],
+)
+def test_fedmerge_is_known_in_its_variants(method: str, ours: bool) -> None:
+    assert is_fedmerge(method) is ours
+
+
+# ---- the comparison
+
+
+def test_means_deviations_and_marks_agree_with_hand_and_scipy() -> None:
+    ours, close, far = [0.90, 0.92, 0.94], [0.89, 0.93, 0.925], [0.70, 0.73, 0.735]
+    runs = make({"domain": {"fedmerge": ours, "ditto": close, "local": far}})
+    table = comparison(runs)
+    best, tied, worse = (table.entries[name, "domain"] for name in table.methods)
+    assert best.mean == pytest.approx(0.92)
+    assert best.std == pytest.approx(0.02)  # sample deviation: sqrt((0.02^2 + 0.02^2) / 2)
+    assert (best.best, best.tied, best.n) == (True, False, 3)
+    assert (tied.best, tied.tied, tied.shared) == (False, True, 3)
+    assert tied.p == pytest.approx(float(stats.ttest_rel(ours, close).pvalue))
+    assert (worse.best, worse.tied) == (False, False)
+    assert worse.p == pytest.approx(float(stats.ttest_rel(ours, far).pvalue))
+    assert worse.p is not None
+    assert worse.p < 0.05
+
+
+def test_lower_is_better_for_loss_and_a_cost_has_no_best() -> None:
+    values = {"domain": {"fedmerge": [0.9, 0.8], "local": [0.5, 0.7]}}
+    loss = {"domain": {"fedmerge": [0.5, 0.6], "local": [0.1, 0.3]}}
+    table = comparison(make(values, loss), metric="loss")
+    assert table.best("domain") == "local"
+    for metric in ("bytes_up", "seconds", "gap_test"):
+        table = comparison(make(values), metric=metric)
+        assert table.best("domain") is None
+        assert not any(entry.tied for entry in table.entries.values())
+        assert "Nothing is marked" in table.note
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "tied", "tested"),
+    [
+        ([0.8, 0.7, 0.6], [0.9, 0.8, 0.7], False, False),  # always 0.1 behind: no variance, worse
+        ([0.8, 0.7], [0.8, 0.7], True, False),  # equal
+        ([0.8], [0.9], False, False),  # one seed tests nothing
+        ([0.9], [0.9], True, False),
+        ([0.8, 0.9], [0.9, 0.85], True, True),
+    ],
+)
+def test_the_test_against_the_best(
+    values: list[float], best: list[float], tied: bool, tested: bool
+) -> None:
+    got, p = not_worse(dict(enumerate(values)), dict(enumerate(best)))
+    assert got is tied
+    assert (p is not None) is tested
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    tied, p = not_worse({0: 0.5, 1: 0.6, 9: 0.0}, {0: 0.52, 1: 0.7, 5: 1.0})
+    assert p == pytest.approx(float(stats.ttest_rel([0.5, 0.6], [0.52, 0.7]).pvalue))
+    assert tied
+    assert not_worse({0: 0.5}, {1: 0.6}) == (False, None)
+
+
+def test_of_equal_means_the_first_is_best_and_the_others_tied() -> None:
+    table = comparison(make({"s": {"local": [0.5, 0.6], "fedmerge": [0.5, 0.6]}}))
+    assert table.best("s") == "local"
+    assert table.entries["fedmerge", "s"].tied
+
+
+def test_a_missing_pair_and_a_diverged_run_are_never_best() -> None:
+    runs = make({"a": {"fedmerge": [math.nan, 0.9], "local": [0.1, 0.2]}, "b": {"local": [0.3]}})
+    table = comparison(runs)
+    assert table.best("a") == "local"
+    assert entry_text("accuracy", table.entries["fedmerge", "a"]) == "diverged"
+    assert table.entries["fedmerge", "b"].n == 0
+    assert entry_text("accuracy", table.entries["fedmerge", "b"]) == "–"
+
+
+def test_the_note_says_the_test_and_its_limits() -> None:
+    three = comparison(make({"s": {"a": [0.1] * 3, "b": [0.2] * 3}})).note
+    assert "paired t-test" in three
+    assert "With only 3 seeds such a test can hardly show a difference" in three
+    one = comparison(make({"s": {"a": [0.1], "b": [0.2]}})).note
+    assert "One seed allows no test" in one
+    assert "~" not in one
+    ten = comparison(make({"s": {"a": [0.1] * 10, "b": [0.2] * 10}})).note
+    assert "hardly" not in ten
+
+
+def test_an_unknown_metric_or_model_is_an_error_with_a_hint() -> None:
+    with pytest.raises(ConfigError, match='did you mean "accuracy"'):
+        comparison([], metric="acuracy")
+    with pytest.raises(ConfigError, match='did you mean "merged"'):
+        comparison([], model="merge")
+
+
+# ---- in print
+
+
+def test_the_printed_table_bears_marks_and_legend() -> None:
+    runs = make({"[red]s": {"fedmerge": [0.9, 0.92], "ditto": [0.89, 0.925], "x": [0.1, 0.1]}})
+    console = Console(width=100, record=True, force_terminal=True, file=io.StringIO())
+    print_table(comparison(runs), console)
+    ansi = console.export_text(styles=True, clear=False)
+    text = console.export_text()
+    assert "0.910 ± 0.014 *" in text, text
+    assert "0.907 ± 0.025 ~" in text
+    assert "[red]s" in text  # a name is not markup
+    assert "merged model" in text
+    assert "paired t-test" in text
+    assert "\x1b[1m0.910 ± 0.014 *" in ansi
+
+
+def test_markdown_has_rows_marks_and_escaped_names() -> None:
+    runs = make({"a|b": {"fedmerge": [0.9, 0.92], "ditto": [0.89, 0.925]}})
+    text = to_markdown(comparison(runs))
+    assert "| method | a\\|b |\n| --- | ---: |\n" in text
+    assert "| fedmerge | **0.910 ± 0.014** \\* |" in text
+    assert "| ditto | 0.907 ± 0.025 \\~ |" in text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 B"), (999, "999 B"), (16840, "16.8 kB"), (999_960, "1.0 MB"), (2.5e9, "2.5 GB")],
+)
+def test_sizes_are_readable(n: float, text: str) -> None:
+    assert size_text(n) == text
+
+
+# ---- sentences
+
+
+def test_best_in_some_settings_names_the_lead_and_the_losses() -> None:
+    found = said(
+        {
+            "mix": {"fedmerge": [0.9, 0.91], "ifca": [0.84, 0.84], "local": [0.5, 0.5]},
+            "domain": {"fedmerge": [0.889, 0.890], "ditto": [0.901, 0.9021], "local": [0.5, 0.5]},
+            "other": {"fedmerge": [0.80, 0.84], "ditto": [0.84, 0.81], "local": [0.5, 0.5]},
+        }
+    )
+    assert found.headline == (
+        "FedMerge had the best merged-model accuracy in 1 of 3 settings and was within the noise "
+        "of the best in 1 more; its lead was 0.065 over ifca in mix."
+    )
+    assert found.not_won[0].startswith("In domain, ditto was ahead by 0.01")
+    assert "a difference beyond chance (paired t-test over 2 seeds, p = " in found.not_won[0]
+    assert found.not_won[1] == (
+        "In other, ditto was ahead by 0.005 (0.825 against 0.820), within the noise of 2 seeds."
+    )
+    assert len(found.not_won) == 2
+    assert found.by_setting["mix"].startswith(
+        "In mix, FedMerge was ahead of ifca by 0.065 (0.905 against 0.840), "
+    )
+
+
+WON = {"fedmerge": [0.9, 0.95], "local": [0.5, 0.57]}
+LOST = {"fedmerge": [0.50, 0.56], "local": [0.9, 0.95]}
+NEAR = {"fedmerge": [0.5, 0.6], "local": [0.61, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("values", "headline"),
+    [
+        (
+            {"a": WON},
+            "FedMerge had the best merged-model accuracy in a, with a lead of 0.390 over local.",
+        ),
+        (
+            {"a": WON, "b": WON},
+            "FedMerge had the best merged-model accuracy in both settings; "
+            "largest lead 0.390 over local in a.",
+        ),
+        (
+            {"a": WON, "b": WON, "c": WON},
+            "FedMerge had the best merged-model accuracy in all 3 settings; "
+            "largest lead 0.390 over local in a.",
+        ),
+        (
+            {"a": WON, "b": LOST},
+            "FedMerge had the best merged-model accuracy in 1 of 2 settings; "
+            "its lead was 0.390 over local in a.",
+        ),
+        ({"a": LOST}, "FedMerge did not have the best merged-model accuracy in a."),
+        (
+            {"a": LOST, "b": LOST},
+            "FedMerge did not have the best merged-model accuracy in any of the 2 settings.",
+        ),
+        (
+            {"a": NEAR},
+            "FedMerge did not have the best merged-model accuracy in a, "
+            "but was within the noise of the best.",
+        ),
+        (
+            {"a": NEAR, "b": LOST},
+            "FedMerge did not have the best merged-model accuracy in any of the 2 settings; "
+            "in 1 it was within the noise of the best.",
+        ),
+        (
+            {"a": NEAR, "b": NEAR},
+            "FedMerge did not have the best merged-model accuracy in any of the 2 settings; "
+            "in all it was within the noise of the best.",
+        ),
+        (
+            {"a": {"fedmerge": [0.5, 0.5], "local": [0.5, 0.5]}},
+            "FedMerge had the best merged-model accuracy in a, level with local to three decimals.",
+        ),
+        (
+            {"a": {"fedmerge": [0.5]}},
+            "FedMerge reached a merged-model accuracy of 0.500 in a; "
+            "there is no other method to judge it by.",
+        ),
+        (
+            {"a": {"fedmerge": [0.5]}, "b": {"fedmerge": [0.7]}},
+            "FedMerge reached a merged-model accuracy of 0.500 to 0.700 over 2 settings; "
+            "there is no other method to judge it by.",
+        ),
+        (
+            {"a": {"fedavg": [0.5], "local": [0.6]}, "b": {"fedavg": [0.5], "local": [0.3]}},
+            "FedMerge is not among these runs; "
+            "the best merged-model accuracy was that of local in a and fedavg in b.",
+        ),
+        ({"a": {"local": [0.5]}}, "FedMerge is not among these runs, which hold only local."),
+        ({}, ""),
+    ],
+)
+def test_the_headline_in_every_case(values: Values, headline: str) -> None:
+    if not values:
+        assert findings([]).by_setting == {}
+        return
+    assert said(values).headline == headline
+
+
+def test_one_seed_claims_nothing_of_chance() -> None:
+    found = said({"a": {"fedmerge": [0.5], "local": [0.6]}})
+    assert found.not_won == (
+        "In a, local was ahead by 0.100 (0.600 against 0.500), "
+        "on one seed, which cannot rule out chance.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "end"),
+    [
+        ([0.61, 0.5], [0.5, 0.6], "0.005 over local, within the noise of 2 seeds."),
+        ([0.6], [0.5], "0.100 over local, on one seed, which cannot rule out chance."),
+    ],
+)
+def test_a_headline_does_not_hide_that_its_lead_may_be_chance(
+    ours: list[float], theirs: list[float], end: str
+) -> None:
+    found = said({"a": {"fedmerge": ours, "local": theirs}})
+    assert found.headline == (
+        f"FedMerge had the best merged-model accuracy in a, with a lead of {end}"
+    )
+
+
+def test_a_constant_difference_is_told_as_such() -> None:
+    found = said({"a": {"fedmerge": [0.5, 0.6], "local": [0.6, 0.7]}})
+    assert found.not_won[0].endswith(", by the same amount on each of 2 seeds.")
+
+
+def test_of_two_variants_the_first_is_the_subject_by_its_full_name() -> None:
+    found = said({"a": {"fedmerge:d=8": [0.5, 0.56], "fedmerge:d=2": [0.9, 0.95]}})
+    assert found.headline.startswith("fedmerge:d=8 did not have the best")
+    assert found.not_won[0].startswith("In a, fedmerge:d=2 was ahead by ")
+
+
+def test_a_regression_setting_is_judged_by_its_loss() -> None:
+    values: Values = {
+        "mix": WON,
+        "latent": {"fedmerge": [None, None], "local": [None, None]},
+    }
+    loss: Values = {
+        "mix": {"fedmerge": [9, 9], "local": [1, 1]},
+        "latent": {"fedmerge": [0.4, 0.499], "local": [0.2, 0.301]},
+    }
+    found = said(values, loss)
+    assert found.headline == (
+        "FedMerge had the best merged-model accuracy in mix, with a lead of 0.390 over local. "
+        "FedMerge did not have the best merged-model loss in latent."
+    )
+    assert found.not_won[0].startswith("In latent, local was ahead by 0.199 in loss (0.251 against")
+
+
+def test_a_method_that_diverged_is_said_to_have_no_number() -> None:
+    found = said({"a": {"fedmerge": [math.nan, 0.5], "local": [0.6, 0.7]}})
+    assert found.headline == "FedMerge has no finite merged-model accuracy in these runs."
+    assert found.by_setting["a"].endswith("In a, local had the best merged-model accuracy (0.650).")
