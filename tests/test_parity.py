@@ -5,6 +5,7 @@ The default rule is checked in `test_merging`, against its own formulas.
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,11 @@ Golden = dict[str, np.ndarray]
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Golden numbers of the reference implementation, in float64 where they are floating."""
     with np.load(request.param) as stored:
-        return {
-            name: stored[name].astype(np.float64)
-            if stored[name].dtype.kind == "f"
-            else stored[name]
-            for name in stored.files
-        }
+        held = {name: stored[name] for name in stored.files}
+    return {
+        name: value.astype(np.float64) if value.dtype.kind == "f" else value
+        for name, value in held.items()
+    }
 
 
 def steps(golden: Golden) -> range:
@@ -73,7 +73,7 @@ def test_the_server_step_gives_the_golden_numbers(golden: Golden) -> None:
 
 def network(golden: Golden) -> nn.Module:
     """Linear layers of the shapes that the golden models have."""
-    shapes = [tuple(map(int, text.split("x"))) for text in map(str, golden["shapes"])]
+    shapes = [ast.literal_eval(str(text)) for text in golden["shapes"]]
     layers = [nn.Linear(shape[1], shape[0]) for shape in shapes if len(shape) == 2]
     return nn.Sequential(*layers).double()
 

@@ -67,7 +67,7 @@ def split_client(
 def from_tensors(
     clients: Mapping[str, Examples] | Sequence[Examples],
     *,
-    name: str,
+    name: str = "own",
     train_fraction: float = 0.5,
     seed: int = 0,
     kinds: Mapping[str, str] | Sequence[str] | None = None,
