@@ -110,6 +110,10 @@ def cells_of(*methods: str) -> list[Cell]:
     ]
 
 
+def pids_of(crew: Crew) -> list[int]:
+    return [worker.process.pid for worker in crew._workers if worker.process.pid]
+
+
 def run(cells: list[Cell], out: Path, size: int) -> list[Outcome]:
     with Crew(work, size) as crew:
         return list(crew.run(cells, out))
@@ -151,13 +155,47 @@ def test_the_longest_cells_go_first(tmp_path: Path) -> None:
 
 
 def test_leaving_the_crew_ends_its_processes_at_once(tmp_path: Path) -> None:
-    start = time.monotonic()
     with Crew(work, 2) as crew:
         outcomes = crew.run(cells_of("fine", "forever", "forever"), tmp_path)
         next(outcomes)
-        pids = [worker.process.pid for worker in crew._workers]
-    assert time.monotonic() - start < 30
-    assert not any(alive(pid) for pid in pids if pid)
+        pids = pids_of(crew)
+    assert len(pids) == 2
+    assert not any(map(alive, pids))
+
+
+def test_ctrl_c_is_the_parents_matter_from_the_first_moment() -> None:
+    with Crew(work, 1) as crew:
+        (pid,) = pids_of(crew)
+        for _ in range(5):
+            os.kill(pid, signal.SIGINT)
+            time.sleep(0.1)
+        assert alive(pid)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from test_compare import Crew, cells_of, pids_of, work
+if __name__ == "__main__":
+    with Crew(work, 1) as crew:
+        print(*pids_of(crew), flush=True)
+        next(crew.run(cells_of("forever"), Path({str(tmp_path)!r})))
+"""
+    (tmp_path / "parent.py").write_text(code)
+    path = os.pathsep.join([str(SOURCE), str(Path(__file__).parent)])
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    time.sleep(0.5)
+    assert alive(worker)
+    parent.kill()
+    parent.communicate()
+    assert gone([worker])
 
 
 def test_a_worker_that_died_while_idle_is_replaced(tmp_path: Path) -> None:
@@ -201,10 +239,13 @@ def test_results_are_complete_and_in_the_order_asked_for(tmp_path: Path) -> None
         raise MissingExtraError("report")
 
     (tmp_path / "results.jsonl").unlink()
+    todo: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmerge.cli._check_cells", todo.extend)
         patch.setattr("fedmerge.compare.screen.write_report", missing)
         again = call("compare", *names, "--seeds", "1,0", *TINY, "--out", tmp_path)
     assert again.exit_code == 0
+    assert not todo
     assert 'pip install "fedmerge[report]"' in again.stdout
     assert read_rows(tmp_path) == rows
 

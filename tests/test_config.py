@@ -6,6 +6,7 @@ Whole commands are tested in test_cli.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedmerge.compare.folder import read_result, write_result
 from fedmerge.config import RunConfig, load_config
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, StateError
 
 TINY: dict[str, object] = {"clients": 4, "rounds": 2, "epochs": 1, "hidden": 4}
 
@@ -201,3 +203,20 @@ def test_every_setting_arrives(name: str, base: dict[str, Any]) -> None:
         assert config.simulation(config.federation())._engine.net is not None
     else:
         assert json.dumps(_outcome({name: CHANGED[name]})) != json.dumps(base)
+
+
+def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
+    load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+    with pytest.raises(StateError, match="epochs is 1 there and 2 here; choose another --out"):
+        load_config(None, {**TINY, "method": "local", "epochs": 2}).run(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(StateError, match=r"holds log\.jsonl but no config\.json"):
+        load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+    (tmp_path / "config.json").write_text('{"rounds":')
+    with pytest.raises(StateError, match=r"config\.json is damaged"):
+        load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+
+
+def test_what_json_cannot_hold_is_written_as_null(tmp_path: Path) -> None:
+    write_result(tmp_path, {"loss": math.inf, "all": [{"gap": math.nan}, 1.5], "n": 3})
+    assert read_result(tmp_path) == {"loss": None, "all": [{"gap": None}, 1.5], "n": 3}

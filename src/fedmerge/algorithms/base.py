@@ -167,6 +167,13 @@ class Algorithm:
             )
         return self
 
+    def _need(self, **least: float) -> None:
+        """Raise ConfigError unless each option is at least so much; None, for a default, is."""
+        for option, bound in least.items():
+            value = getattr(self, option)
+            if value is not None and not bound <= value < float("inf"):
+                raise ConfigError(f"{self.name}: {option} = {value}: wanted {bound:g} or more")
+
     def shared(self, setup: Setup) -> Tensors:
         """The server's state before the first round."""
         return {"models": setup.initial(0)[None]}

@@ -6,13 +6,11 @@ algorithm 1. Local training is done twice in a round, so a round costs twice the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..local import Proximal
 from .base import Algorithm, Local, Setup, Tensors, Trainer
 
@@ -30,8 +28,7 @@ class Ditto(Algorithm):
     lam: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam < math.inf:
-            raise ConfigError(f"{self.name}: lam = {self.lam}: wanted 0 or more")
+        self._need(lam=0)
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         return {"model": setup.initial(0).repeat(k, 1)}

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
 from .base import Algorithm, Setup, Tensors, Trainer
 
 
@@ -28,8 +27,7 @@ class FedAvg(Algorithm):
     finetune: int = 0
 
     def __post_init__(self) -> None:
-        if self.finetune < 0:
-            raise ConfigError(f"{self.name}: finetune = {self.finetune}: wanted 0 or more epochs")
+        self._need(finetune=0)
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
         if not self.finetune:

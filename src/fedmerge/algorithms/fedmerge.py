@@ -7,14 +7,12 @@ Jiang and Zhang, "FedMerge", AAAI 2026; the published rule is in `fedmerge_paper
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..merging import ModelSum, Sketch, block_scores, eg_row_step, merge_weighted, merging_weights
 from ..rng import torch_generator
 from .base import Algorithm, Fold, Setup, Tensors, Updates
@@ -46,11 +44,7 @@ class FedMerge(Algorithm):
     sketch: int = 256
 
     def __post_init__(self) -> None:
-        least = {"init_noise": 0.0, "cap": 1e-9, "horizon": 1, "sketch": 1, "d": 1}
-        for key, bound in least.items():
-            value = getattr(self, key)
-            if value is not None and not bound <= value < math.inf:
-                raise ConfigError(f"{self.name}: {key} = {value}: wanted {bound:g} or more")
+        self._need(d=1, init_noise=0, cap=1e-9, horizon=1, sketch=1)
 
     def resolve(self, n_clients: int | None) -> Self:
         made = super().resolve(n_clients)

@@ -7,14 +7,12 @@ updates, O(k P), until the round ends; the default rule does not need that.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..local import Proximal
 from ..merging import ModelSum, block_scores, merge_weighted, merging_weights, paper_row_step
 from .base import Algorithm, Fold, Local, Setup, Tensors, Trainer, Updates
@@ -37,11 +35,7 @@ class FedMergePaper(Algorithm):
     prox: float = 0.01
 
     def __post_init__(self) -> None:
-        least = {"logit_step": 0.0, "prox": 0.0, "d": 1}
-        for key, bound in least.items():
-            value = getattr(self, key)
-            if value is not None and not bound <= value < math.inf:
-                raise ConfigError(f"{self.name}: {key} = {value}: wanted {bound:g} or more")
+        self._need(d=1, logit_step=0, prox=0)
 
     def resolve(self, n_clients: int | None) -> Self:
         made = super().resolve(n_clients)

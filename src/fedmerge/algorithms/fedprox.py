@@ -6,13 +6,11 @@ of slow clients, the other half of that paper, is not modelled.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..local import Proximal
 from .base import Algorithm, Local, Setup, Tensors, Trainer
 
@@ -29,8 +27,7 @@ class FedProx(Algorithm):
     mu: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mu < math.inf:
-            raise ConfigError(f"{self.name}: mu = {self.mu}: wanted 0 or more")
+        self._need(mu=0)
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         start = message[:, 0]

@@ -14,7 +14,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..rng import derive
 from .base import Algorithm, Fold, Local, Setup, Tensors, Trainer, Updates
 
@@ -33,11 +32,7 @@ class IFCA(Algorithm):
     warm: int = 0
 
     def __post_init__(self) -> None:
-        if (self.d is not None and self.d < 1) or self.warm < 0:
-            raise ConfigError(
-                f"{self.name}: d = {self.d}, warm = {self.warm}: wanted d of 1 or more and warm of "
-                "0 or more rounds"
-            )
+        self._need(d=1, warm=0)
 
     def resolve(self, n_clients: int | None) -> Self:
         made = super().resolve(n_clients)
@@ -99,6 +94,9 @@ class IFCA(Algorithm):
 
         d = self.d or 1
         delta, n = fold.gathered("delta"), fold.gathered("n")
+        # K-means starts from drawn places: order by content, not by who came first.
+        order = delta.double().sum(1).argsort(stable=True)
+        delta, n = delta[order], n[order]
         means = KMeans(
             n_clusters=min(d, len(delta)),
             n_init=10,

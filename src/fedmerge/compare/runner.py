@@ -120,12 +120,9 @@ class Crew:
 
     def _dismiss(self) -> None:
         for worker in self._workers:
-            worker.process.terminate()
+            worker.process.kill()  # at any instant: what a cell writes is whole
         for worker in self._workers:
-            worker.process.join(timeout=2)
-            if worker.process.exitcode is None:
-                worker.process.kill()
-                worker.process.join()
+            worker.process.join()
             worker.pipe.close()
         self._workers.clear()
 

@@ -1,0 +1,430 @@
+"""Local training and evaluation: stacked, one by one, and against loops written with PyTorch.
+
+What methods do with it is tested in `test_algorithms`; whole simulations in `test_simulation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core_fixture import N_CLASSES, N_FEATURES, net, norm_net, normal
+from fedmerge.errors import ConfigError, ModelError
+from fedmerge.local import EVALUATION_BATCH, Engine, Examples, Proximal, Training, batches
+from fedmerge.models import mlp
+from fedmerge.params import Layout, build
+from fedmerge.rng import numpy_generator
+
+SIZES = (7, 16, 3, 11)  # with batches of 4: full ones, short ones, fewer examples than a batch
+KEYS = [(2, name, "train") for name in "abcd"]
+BASE = Training(lr=0.1, epochs=2, batch_size=4, loss="cross-entropy")
+VARIANTS = {
+    "plain": BASE,
+    "momentum": replace(BASE, momentum=0.9),
+    "decay": replace(BASE, weight_decay=0.05),
+    "clip": replace(BASE, clip=0.3),
+    "mse": replace(BASE, loss="mse"),
+    "all": replace(BASE, momentum=0.5, weight_decay=0.05, clip=0.5),
+    "wide": replace(BASE, batch_size=100),
+}
+Model = Callable[[], nn.Module]
+
+
+def examples(loss: str = "cross-entropy", dtype: torch.dtype = torch.float64) -> Examples:
+    pairs = []
+    for i, n in enumerate(SIZES):
+        x = normal(i, n, N_FEATURES, dtype=dtype)
+        y = normal(50 + i, n, N_CLASSES, dtype=dtype)
+        pairs.append((x, y if loss == "mse" else y.argmax(1)))
+    return Examples.of(pairs)
+
+
+def setting(model: Model, training: Training, execution: str) -> tuple[Engine, Layout, Tensor]:
+    """An engine, its layout and four different start rows."""
+    module = build(model, 1)
+    layout = Layout.of(module)
+    rows = torch.stack([layout.row(build(model, 1, j)) for j in range(4)])
+    return Engine(module, layout, training, execution), layout, rows
+
+
+def fitted(
+    model: Model, training: Training, execution: str, mu: float = 0.0, **options: Any
+) -> Tensor:
+    engine, layout, rows = setting(model, training, execution)
+    pull = Proximal(rows.flip(0).clone(), mu) if mu else None
+    end, steps = engine.fit(
+        rows,
+        examples(training.loss, layout.dtype),
+        KEYS,
+        **{"seed": 3, "epochs": training.epochs, "proximal": pull, **options},
+    )
+    assert steps.tolist() == [training.epochs * -(-n // training.batch_size) for n in SIZES]
+    return end
+
+
+# -- two ways, one result -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stacked_is_sequential(variant: str, mu: float, dtype: torch.dtype) -> None:
+    training = VARIANTS[variant]
+    stacked = fitted(net(dtype=dtype), training, "stacked", mu)
+    single = fitted(net(dtype=dtype), training, "sequential", mu)
+    tol = 1e-12 if dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(stacked, single, rtol=tol, atol=tol)
+
+
+ACTIVATIONS = [nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.SiLU(), nn.Identity()]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: type(a).__name__)
+def test_every_activation_stacks(activation: nn.Module) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Sequential(nn.Linear(N_FEATURES, 6), activation),
+            nn.Linear(6, 6, bias=False),
+            activation,
+            nn.Linear(6, N_CLASSES),
+        ).double()
+
+    stacked = fitted(model, BASE, "stacked")
+    torch.testing.assert_close(stacked, fitted(model, BASE, "sequential"), rtol=1e-12, atol=1e-12)
+
+
+def test_images_are_flattened_in_the_stack_too() -> None:
+    pairs = [(normal(i, n, 1, 3, 4), torch.arange(n) % 3) for i, n in enumerate(SIZES)]
+    ends = []
+    for execution in ("stacked", "sequential"):
+        engine, _, rows = setting(lambda: mlp((1, 3, 4), 3, 5), BASE, execution)
+        ends.append(engine.fit(rows, Examples.of(pairs), KEYS, seed=3, epochs=2)[0])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sequential_is_a_loop_written_with_torch(variant: str) -> None:
+    training, mu = VARIANTS[variant], 0.7
+    ours = fitted(net(dtype=torch.float64), training, "sequential", mu)
+    _, layout, rows = setting(net(dtype=torch.float64), training, "sequential")
+    data = examples(training.loss)
+    for i in range(4):
+        module = net(dtype=torch.float64)()
+        layout.load(module, rows[i])
+        anchor = rows.flip(0)[i]
+        optimiser = torch.optim.SGD(
+            module.parameters(),
+            lr=training.lr,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+        )
+        for order in batches(SIZES[i], training.epochs, numpy_generator(3, *KEYS[i])):
+            for first in range(0, SIZES[i], training.batch_size):
+                at = data.start[i] + order[first : first + training.batch_size]
+                output, y = module(data.x[at]), data.y[at]
+                loss = (
+                    functional.mse_loss(output, y)
+                    if training.loss == "mse"
+                    else functional.cross_entropy(output, y)
+                )
+                flat = torch.cat([p.reshape(-1) for p in module.parameters()])
+                optimiser.zero_grad()
+                (loss + mu / 2 * (flat - anchor).square().sum()).backward()
+                if training.clip:
+                    nn.utils.clip_grad_norm_(module.parameters(), training.clip)
+                optimiser.step()
+        torch.testing.assert_close(ours[i], layout.row(module), rtol=1e-11, atol=1e-12)
+
+
+def test_training_reaches_every_batch_norm_statistic() -> None:
+    engine, layout, rows = setting(norm_net, BASE, "auto")
+    assert engine.net is None
+    data = examples(dtype=torch.float32)
+    end, steps = engine.fit(rows, data.take(np.array([1])), KEYS[1:2], seed=3, epochs=2)
+    assert int(end[0, layout.counters]) == int(steps[0]) == 8
+    module = build(norm_net, 1)
+    layout.load(module, rows[0])
+    module.train()
+    parameters = list(module.parameters())
+    for order in batches(16, 2, numpy_generator(3, *KEYS[1])):
+        for at in torch.split(torch.from_numpy(data.start[1] + order), 4):
+            loss = functional.cross_entropy(module(data.x[at]), data.y[at])
+            with torch.no_grad():
+                for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                    p -= 0.1 * g
+    torch.testing.assert_close(end[0], layout.row(module), rtol=1e-5, atol=1e-6)
+
+
+# -- what training depends on ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+def test_start_rows_and_data_are_not_changed(execution: str) -> None:
+    engine, _, rows = setting(net(dtype=torch.float64), VARIANTS["all"], execution)
+    data = examples()
+    anchor = rows.flip(0).clone()
+    kept = rows.clone(), data.x.clone(), anchor.clone()
+    end, _ = engine.fit(rows, data, KEYS, seed=3, epochs=2, proximal=Proximal(anchor, 0.5))
+    engine.evaluate(rows, data)
+    for a, b in zip((rows, data.x, anchor), kept, strict=True):
+        assert torch.equal(a, b)
+    assert not (end == rows).any()
+    # The engine holds no memory of the rows: training again gives the same.
+    again, _ = engine.fit(rows, data, KEYS, seed=3, epochs=2, proximal=Proximal(anchor, 0.5))
+    assert torch.equal(again, end)
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+def test_batches_depend_on_seed_and_names_only(execution: str) -> None:
+    model = net(dtype=torch.float64)
+    base = fitted(model, BASE, execution)
+    assert not torch.equal(fitted(model, BASE, execution, seed=4), base)
+    engine, _, rows = setting(model, BASE, execution)
+    data = examples()
+    changed, _ = engine.fit(rows, data, [(3, *k[1:]) for k in KEYS], seed=3, epochs=2)
+    assert not (changed == base).all(1).any()
+    # Alone, or in another order among others: the same result for each.
+    order = np.array([2, 0, 3, 1])
+    mixed, _ = engine.fit(rows[order], data.take(order), [KEYS[i] for i in order], seed=3, epochs=2)
+    torch.testing.assert_close(mixed, base[order], rtol=1e-12, atol=1e-13)
+    alone, _ = engine.fit(rows[1:2], data.take(np.array([1])), KEYS[1:2], seed=3, epochs=2)
+    torch.testing.assert_close(alone, base[1:2], rtol=1e-12, atol=1e-13)
+    state = torch.get_rng_state()
+    engine.fit(rows, data, KEYS, seed=3, epochs=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_epoch_takes_every_example_once_in_a_new_order() -> None:
+    orders = batches(20, 3, numpy_generator(0, "x"))
+    assert orders.shape == (3, 20)
+    for order in orders:
+        assert sorted(order) == list(range(20))
+    assert not (orders[0] == orders[1]).all()
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 0.2},
+        {"batch_size": 2},
+        {"momentum": 0.5},
+        {"weight_decay": 0.01},
+        {"clip": 0.1},
+        {"loss": "mse"},
+    ],
+    ids=str,
+)
+def test_every_training_option_changes_the_result(changes: dict[str, Any], execution: str) -> None:
+    engine, _, rows = setting(net(dtype=torch.float64), BASE, execution)
+    module = build(net(dtype=torch.float64), 1)
+    other = Engine(module, engine.layout, replace(BASE, **changes), execution)
+    one_hot = examples()
+    targets = functional.one_hot(one_hot.y, 3).double()
+    data = Examples(one_hot.x, targets, one_hot.start, one_hot.count)
+    ends = [
+        e.fit(rows, data if e.training.loss == "mse" else one_hot, KEYS, seed=3, epochs=2)[0]
+        for e in (engine, other)
+    ]
+    assert not (ends[0] == ends[1]).all(1).any()
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+def test_epochs_change_the_result(execution: str) -> None:
+    model = net(dtype=torch.float64)
+    one, two = (fitted(model, replace(BASE, epochs=e), execution) for e in (1, 2))
+    assert not (one == two).all(1).any()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"lr": 0.0}, "lr = 0.0: wanted a positive number"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"lr": float("inf")}, "lr = inf"),
+        ({"epochs": 0}, "epochs = 0: wanted 1 or more"),
+        ({"batch_size": 0}, "batch_size = 0: wanted 1 or more"),
+        ({"momentum": 1.0}, "momentum = 1.0: wanted 0 or more and less than 1"),
+        ({"momentum": -0.1}, "momentum = -0.1"),
+        ({"weight_decay": -1.0}, "weight_decay = -1.0: wanted 0 or more"),
+        ({"weight_decay": float("inf")}, "weight_decay = inf"),
+        ({"clip": 0.0}, "clip = 0.0: wanted a positive number or nothing"),
+        ({"loss": "hinge"}, 'loss = hinge: wanted "auto", "cross-entropy" or "mse"'),
+    ],
+)
+def test_bad_training_options_are_refused(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Training(**values)
+
+
+def test_the_loss_follows_the_data_and_must_fit_it() -> None:
+    assert Training().for_data(classes=True).loss == "cross-entropy"
+    assert Training().for_data(classes=False).loss == "mse"
+    assert Training(loss="mse").for_data(classes=False).loss == "mse"
+    with pytest.raises(ConfigError, match='the data have class numbers, wanted "cross-entropy"'):
+        Training(loss="mse").for_data(classes=True)
+    with pytest.raises(ConfigError, match='targets that are not classes, wanted "mse"'):
+        Training(loss="cross-entropy").for_data(classes=False)
+
+
+# -- modules that cannot be stacked ---------------------------------------------------------------
+
+
+L = nn.Linear
+
+
+class Doubled(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def twice() -> nn.Module:
+    shared = nn.Linear(N_FEATURES, N_FEATURES)
+    return nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(N_FEATURES, N_CLASSES))
+
+
+def half_frozen() -> nn.Module:
+    module = nn.Sequential(nn.Linear(N_FEATURES, 4), nn.ReLU(), nn.Linear(4, N_CLASSES))
+    module[0].bias.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), r'layer "0" \(Conv2d\)'),
+        (lambda: nn.Sequential(L(5, 4), nn.Sequential(nn.Dropout())), r'layer "1\.0" \(Dropout\)'),
+        (lambda: nn.Sequential(L(5, 4), Doubled(), L(4, 3)), r'layer "1" \(Doubled\)'),
+        (lambda: nn.Bilinear(5, 5, 3), "a module of class Bilinear"),
+        (twice, r'layer "2" \(Linear\)'),
+        (half_frozen, '"0" with a frozen bias'),
+        (norm_net, r'layer "1" \(BatchNorm1d\)'),
+    ],
+)
+def test_what_cannot_be_stacked_is_named(model: Model, named: str) -> None:
+    module = build(model, 0)
+    layout = Layout.of(module)
+    with pytest.raises(ConfigError, match=f'execution = "stacked": {named} cannot be stacked'):
+        Engine(module, layout, BASE, "stacked")
+    assert Engine(module, layout, BASE, "auto").net is None
+
+
+def test_an_unknown_execution_is_refused() -> None:
+    with pytest.raises(ConfigError, match='execution = "fast": wanted "auto", "stacked"'):
+        setting(net(), BASE, "fast")
+
+
+@pytest.mark.parametrize(
+    "model", [twice, lambda: nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3))]
+)
+def test_they_are_trained_one_by_one_and_reproducibly(model: Model) -> None:
+    ends, losses = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # whatever the global state is
+        engine, layout, rows = setting(model, BASE, "auto")
+        data = examples(dtype=layout.dtype)
+        end, _ = engine.fit(rows, data, KEYS, seed=3, epochs=9)
+        ends.append(end)
+        losses.append((engine.evaluate(rows, data)[0], engine.evaluate(end, data)[0]))
+    assert torch.equal(ends[0], ends[1])
+    before, after = losses[0]
+    assert bool((after < before).all())
+    other, _ = engine.fit(rows, data, KEYS, seed=4, epochs=9)
+    assert not torch.equal(other, end)
+
+
+def test_dropout_draws_differ_from_client_to_client_and_stop_in_evaluation() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+    engine, _, rows = setting(model, BASE, "auto")
+    data = examples(dtype=torch.float32).take(np.array([1, 1]))
+    rows = rows[:1].repeat(2, 1)
+    # A batch of all examples: the order of the batches makes no difference between the two.
+    whole = Engine(build(model, 1), engine.layout, replace(BASE, batch_size=16), "auto")
+    end, _ = whole.fit(rows, data, KEYS[:2], seed=3, epochs=1)
+    assert not torch.equal(end[0], end[1])
+    assert torch.equal(engine.evaluate(rows, data)[0], engine.evaluate(rows, data)[0])
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "mse"])
+def test_evaluation_is_computed_directly(loss: str, execution: str) -> None:
+    training = replace(BASE, loss=loss)
+    engine, layout, rows = setting(net(dtype=torch.float64), training, execution)
+    data = examples(loss)
+    losses, accuracies = engine.evaluate(rows, data)
+    for i, n in enumerate(SIZES):
+        module = net(dtype=torch.float64)()
+        layout.load(module, rows[i])
+        x = data.x[data.start[i] : data.start[i] + n]
+        y = data.y[data.start[i] : data.start[i] + n]
+        with torch.no_grad():
+            output = module(x)
+        if loss == "mse":
+            wanted = (output - y).square().mean()
+            assert bool(accuracies[i].isnan())
+        else:
+            wanted = -torch.log_softmax(output, 1)[torch.arange(n), y].mean()
+            assert float(accuracies[i]) == pytest.approx(
+                float((output.argmax(1) == y).double().mean()), abs=1e-12
+            )
+        assert float(losses[i]) == pytest.approx(float(wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+def test_many_examples_are_evaluated_in_parts_and_none_give_nan(execution: str) -> None:
+    n = EVALUATION_BATCH + 37
+    x = normal(0, n, N_FEATURES, dtype=torch.float64)
+    y = torch.arange(n) % 3
+    engine, layout, rows = setting(net(dtype=torch.float64), BASE, execution)
+    data = Examples.of([(x, y), (x[:0], y[:0]), (x[:5], y[:5])])
+    loss, accuracy = engine.evaluate(rows[:3], data)
+    module = net(dtype=torch.float64)()
+    layout.load(module, rows[0])
+    with torch.no_grad():
+        wanted = functional.cross_entropy(module(x), y)
+    assert float(loss[0]) == pytest.approx(float(wanted), rel=1e-12)
+    assert loss.isnan().tolist() == accuracy.isnan().tolist() == [False, True, False]
+    # And training leaves a client without examples as it is.
+    end, steps = engine.fit(rows[:3], data, KEYS[:3], seed=0, epochs=1)
+    assert torch.equal(end[1], rows[1])
+    assert int(steps[1]) == 0
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+def test_a_diverged_model_has_an_infinite_loss(execution: str) -> None:
+    engine, _, rows = setting(net(dtype=torch.float64), BASE, execution)
+    rows[1, 0] = float("nan")
+    loss, _ = engine.evaluate(rows, examples())
+    assert loss.isinf().tolist() == [False, True, False, False]
+    assert bool(loss[1] > 0)
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+def test_targets_of_another_shape_than_the_outputs_are_refused(execution: str) -> None:
+    engine, _, rows = setting(net(), replace(BASE, loss="mse"), execution)
+    data = Examples.of([(normal(0, 4, N_FEATURES), normal(1, 4, 1))])
+    with pytest.raises(ModelError, match=r"outputs of shape \(3,\) for an example, wanted \(1,\)"):
+        engine.evaluate(rows[:1], data)
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
+def test_rows_of_another_model_are_refused(execution: str) -> None:
+    engine, _, rows = setting(net(), BASE, execution)
+    data = examples(dtype=torch.float32)
+    with pytest.raises(ModelError, match="a row has 38 numbers"):
+        engine.fit(rows[:, 1:], data, KEYS, seed=0, epochs=1)
+    with pytest.raises(ModelError, match="a row has 38 numbers"):
+        engine.evaluate(rows[:, 1:], data)
