@@ -5,7 +5,6 @@ Everything is drawn from a seed given by the caller; nothing here tests anything
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,7 +134,3 @@ def play(soup: Soup, cohorts: Sequence[Sequence[str]], seed: int = 0) -> None:
         sent = soup.send(cohort)
         soup.fold(make_updates(sent, made_delta(soup, len(cohort), seed + t)))
         soup.commit()
-
-
-def with_option(method: Algorithm, **changes: Any) -> Algorithm:
-    return dataclasses.replace(method, **changes)

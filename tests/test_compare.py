@@ -98,7 +98,7 @@ def work(config: dict[str, Any], folder: Path) -> None:
         case "slow":
             time.sleep(0.3)
         case "forever":
-            time.sleep(600)
+            time.sleep(60)
     folder.mkdir(parents=True)
     (folder / "pid").write_text(str(os.getpid()))
 
@@ -190,11 +190,12 @@ if __name__ == "__main__":
         env={**os.environ, "PYTHONPATH": path},
     )
     assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
+    with parent.stdout as output:
+        worker = int(output.readline())
     time.sleep(0.5)
     assert alive(worker)
     parent.kill()
-    parent.communicate()
+    parent.wait()
     assert gone([worker])
 
 

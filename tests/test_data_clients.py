@@ -149,7 +149,10 @@ X, Y = examples()
         ([(X, Y * 12)], "label 12: wanted less than the number of examples, 12"),
         ([(X, Y - 1)], "label -1, wanted 0 to 0"),
         ([(X, Y * 0 + 1)], 'federation "own": every example has label 1, wanted at least 2'),
-        ([(X.double() * 1e300, Y)], 'client "c00", training split: .* infinite values in its inp'),
+        (
+            [(X.double().numpy() * 1e300, Y)],
+            'client "c00", training split: .* infinite values in its inp',
+        ),
     ],
 )
 def test_unusable_tensors(clients: Any, message: str) -> None:

@@ -47,8 +47,9 @@ def test_csv_and_tsv(tmp_path: Path) -> None:
 
 def test_csv_column_names_quotes_bom_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text('\ufefflabel, a,who\nyes,1,"x, y"\n\nno,2,z\nyes,3,z\n', encoding="utf-8")
+    path.write_text('\ufefflabel, a,who\nno,2,z\nyes,3,z\n\nyes,1,"x, y"\n', encoding="utf-8")
     clients = load_csv(path, client="who", target="label")
+    assert list(clients) == ["x, y", "z"]
     assert clients["x, y"][1].tolist() == [1]
     assert clients["z"][1].tolist() == [0, 1]
     assert clients["z"][0].tolist() == [[2.0], [3.0]]

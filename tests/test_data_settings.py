@@ -36,6 +36,7 @@ from fedmerge.data import (
 )
 from fedmerge.data.partition import _top_up
 from fedmerge.data.shifts import DOMAINS
+from fedmerge.data.teachers import _linear_teachers, _mlp_teachers, _outputs, _standardised
 from fedmerge.errors import ConfigError, DataError
 
 DIGITS = load_digits()
@@ -447,11 +448,30 @@ def test_a_pure_client_agrees_with_its_teacher_and_a_mixture_lies_between() -> N
     assert 0.5 <= min(shares) < 0.7
 
 
-def test_constant_features_do_not_disturb_the_teachers() -> None:
-    base = load_gaussian(400, 5)
-    padded = Dataset("padded", torch.cat([base.x, torch.full((400, 1), 0.1)], 1), base.y, 10)
-    counts = [gather(c)[1] for c in partition_latent(padded, 4, seed=0)]
-    assert len(torch.unique(torch.cat(counts))) == 10
+def test_examples_of_a_nearly_pure_client_have_one_teacher() -> None:
+    client = partition_latent(load_gaussian(3000, 6), 3, seed=0, mix="sample", alpha=0.01)[0]
+    x, y, _ = gather(client)
+    assert fit(x, y) > 0.95
+
+
+def test_inputs_of_the_teachers_are_standardised_but_for_constant_features() -> None:
+    base = load_gaussian(401, 3)
+    constants = torch.tensor([0.1, 0.3, 0.7, 1e-3]).expand(401, 4)
+    padded = Dataset("padded", torch.cat([base.x * 5 + 2, constants], 1), base.y, 10)
+    inputs = _standardised(padded)
+    assert inputs[:, :3].mean(axis=0) == pytest.approx(np.zeros(3), abs=1e-6)
+    assert inputs[:, :3].std(axis=0) == pytest.approx(np.ones(3), abs=1e-6)
+    assert abs(inputs[:, 3:]).max() < 1e-9
+
+
+@pytest.mark.parametrize("make", [_linear_teachers, _mlp_teachers])
+def test_every_teacher_has_even_outputs(make: Any) -> None:
+    inputs = _standardised(DIGITS)
+    latent = make(inputs, 3, 10, np.random.default_rng(0))
+    for j in range(3):
+        outputs = _outputs(inputs, [part[j] for part in latent])
+        assert outputs.mean(axis=0) == pytest.approx(np.zeros(10), abs=1e-6)
+        assert outputs.std(axis=0) == pytest.approx(np.ones(10), abs=1e-6)
 
 
 # --- errors

@@ -35,11 +35,11 @@ def partition_cluster(
 ) -> tuple[Client, ...]:
     """Return clients that belong to one of `groups` overlapping groups of classes.
 
-    Each group covers half of the classes (rounded up), each class is in at least one group, and
-    the groups have random, mostly unequal, numbers of clients. Within its group a client's class
-    proportions are Dirichlet(`alpha`), relative to the classes' sizes in the data set. All
-    clients take as many examples as the scarcest of their classes allows, so some examples
-    stay unused. Raises DataError where the data is not labelled or too small.
+    Each group covers half of the classes (rounded up; a single group all of them), each class is
+    in at least one group, and the groups have random, mostly unequal, numbers of clients. Within
+    its group a client's class proportions are Dirichlet(`alpha`), relative to the classes' sizes
+    in the data set. All clients take as many examples as the scarcest of their classes allows,
+    so some examples stay unused. Raises DataError where the data is not labelled or too small.
     """
     need_labels(dataset, "cluster")
     need_positive("alpha", alpha)

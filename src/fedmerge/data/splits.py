@@ -149,7 +149,7 @@ def _array(client: str, part: str, value: Tensor | ArrayLike) -> NDArray[Any]:
         # numpy has no bfloat16, and float32 is where all floats end.
         value = (value.float() if value.is_floating_point() else value).numpy()
     try:
-        array = np.array(value)
+        array = np.asarray(value)
     except ValueError:
         raise DataError(
             f'client "{client}": {part} of unequal lengths, wanted a full array; pad or cut them'

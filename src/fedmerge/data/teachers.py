@@ -74,8 +74,7 @@ def partition_latent(
 def _standardised(dataset: Dataset) -> Array:
     flat = dataset.x.numpy().reshape(len(dataset), -1).astype(np.float64)
     scale = flat.std(axis=0)
-    # A constant feature may deviate by rounding errors, which must not be blown up.
-    scale[scale <= 1e-9 * np.abs(flat).max()] = 1.0
+    scale[scale == 0] = 1.0
     standard: Array = (flat - flat.mean(axis=0)) / scale
     return standard
 

@@ -1,0 +1,381 @@
+"""Each method's step against one computed by hand, and the texts that name methods.
+
+The trainer here is a stand-in whose clients have the loss ||p - c||^2 / 2, so that every step has a
+closed form; what all methods have in common is tested in `test_conformance`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from core_fixture import TRAINING, make_clients, net, normal, plain, run, simulate
+from fedmerge.algorithms import (
+    IFCA,
+    METHODS,
+    Algorithm,
+    Ditto,
+    FedAvg,
+    FedMerge,
+    FedMergePaper,
+    FedProx,
+    Fold,
+    LocalOnly,
+    Setup,
+    Ticket,
+    Updates,
+    make_method,
+)
+from fedmerge.errors import ConfigError
+from fedmerge.local import Proximal
+from fedmerge.params import Layout, build
+
+F64 = torch.float64
+LR = 0.25
+N = torch.tensor([1, 2, 5])
+
+
+@dataclass
+class Quadratic:
+    """Client i has loss ||p - centre_i||^2 / 2; an epoch is one step of LR."""
+
+    centre: Tensor
+    n_examples: Tensor = field(default_factory=lambda: N)
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+    def fit(
+        self,
+        rows: Tensor,
+        *,
+        epochs: int | None = None,
+        proximal: Proximal | None = None,
+        purpose: str = "train",
+    ) -> tuple[Tensor, Tensor]:
+        steps = 2 if epochs is None else epochs
+        self.calls.append((purpose, steps))
+        for _ in range(steps):
+            gradient = rows - self.centre
+            if proximal is not None:
+                gradient = gradient + proximal.mu * (rows - proximal.anchor)
+            rows = rows - LR * gradient
+        return rows, torch.full((len(rows),), steps)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        return (rows - self.centre).square().sum(-1) / 2
+
+
+@pytest.fixture
+def setup() -> Setup:
+    model = net(hidden=2, dtype=F64)
+    layout = Layout.of(model())
+    return Setup(layout, lambda j: layout.row(build(model, 0, j)), 0)
+
+
+@pytest.fixture
+def trainer(setup: Setup) -> Quadratic:
+    return Quadratic(normal(1, 3, setup.layout.size, dtype=F64))
+
+
+def after(start: Tensor, centre: Tensor, steps: int = 2) -> Tensor:
+    """`steps` plain steps towards `centre`, in closed form."""
+    return centre + (1 - LR) ** steps * (start - centre)
+
+
+def updates(delta: Tensor, **extra: Tensor) -> Updates:
+    k = len(delta)
+    tickets = tuple(Ticket(str(i), 0, "") for i in range(k))
+    return Updates(tickets, delta, N[:k], torch.full((k,), 2), torch.full((k,), LR), extra)
+
+
+def one_round(
+    method: Algorithm, setup: Setup, trainer: Quadratic, shared: dict[str, Tensor], version: int = 0
+) -> tuple[dict[str, Tensor], Any]:
+    """One round of three clients that are new; the new shared state and the local results."""
+    rows, memory = method.rows(setup, 3), method.memory(setup, 3)
+    done = method.local(setup, method.send(setup, shared, rows, 3), memory, trainer)
+    fold = Fold()
+    method.fold(setup, shared, rows, updates(done.delta, **done.extra), fold, version)
+    return method.commit(setup, shared, fold, version)[0], done
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+# -- each method ----------------------------------------------------------------------------------
+
+
+def test_fedavg_takes_the_mean_weighted_by_examples(setup: Setup, trainer: Quadratic) -> None:
+    method = FedAvg()
+    shared = method.shared(setup)
+    start = setup.initial(0)
+    close(shared["models"], start[None])
+    made, done = one_round(method, setup, trainer, shared)
+    ends = after(start, trainer.centre)
+    close(done.delta, start - ends)
+    close(made["models"], (1 * ends[0] + 2 * ends[1] + 5 * ends[2])[None] / 8)
+
+
+def test_fine_tuning_is_at_the_client_and_changes_what_is_used_only(
+    setup: Setup, trainer: Quadratic
+) -> None:
+    method, message = FedAvg(finetune=3), setup.initial(0).repeat(3, 1)[:, None]
+    close(method.personal(setup, message, {}, trainer), after(message[:, 0], trainer.centre, 3))
+    close(FedAvg().personal(setup, message, {}, trainer), message[:, 0])
+    assert trainer.calls == [("finetune", 3)]
+    shared = method.shared(setup)
+    tuned, _ = one_round(method, setup, trainer, shared)
+    close(tuned["models"], one_round(FedAvg(), setup, trainer, shared)[0]["models"])
+
+
+def test_fedprox_is_pulled_towards_what_it_received(setup: Setup, trainer: Quadratic) -> None:
+    mu, start = 0.8, setup.initial(0)
+    made, _ = one_round(FedProx(mu=mu), setup, trainer, {"models": start[None]})
+    first = start - LR * (start - trainer.centre)
+    ends = first - LR * ((first - trainer.centre) + mu * (first - start))
+    close(made["models"], (N.double() / 8 @ ends)[None])
+
+
+def test_ditto_trains_a_global_and_a_personal_model(setup: Setup, trainer: Quadratic) -> None:
+    lam, method = 0.8, Ditto(lam=0.8)
+    size = setup.layout.size
+    start, own = normal(2, 1, size, dtype=F64), normal(3, 3, size, dtype=F64)
+    message = start.repeat(3, 1)[:, None]
+    done = method.local(setup, message, {"model": own}, trainer)
+    close(done.delta, start - after(start, trainer.centre))
+    v = own
+    for _ in range(2):
+        v = v - LR * ((v - trainer.centre) + lam * (v - start))
+    close(done.memory["model"], v)
+    close(done.own, v)
+    close(method.personal(setup, message, done.memory, trainer), v)
+    close(method.memory(setup, 2)["model"], setup.initial(0).repeat(2, 1))
+    # The two trainings draw their batches apart.
+    assert [purpose for purpose, _ in trainer.calls] == ["train", "personal"]
+
+
+def test_local_only_sends_nothing(setup: Setup, trainer: Quadratic) -> None:
+    method, own = LocalOnly(), normal(3, 3, setup.layout.size, dtype=F64)
+    message = method.send(setup, {}, {}, 3)
+    assert message.shape == (3, 0, setup.layout.size)
+    done = method.local(setup, message, {"model": own}, trainer)
+    assert done.delta.shape == (3, 0)
+    close(done.memory["model"], after(own, trainer.centre))
+    close(method.personal(setup, message, {"model": own}, trainer), own)
+    assert method.commit(setup, {}, Fold(), 0) == ({}, {})
+
+
+def test_ifca_trains_the_model_that_fits_best_and_averages_by_cluster(
+    setup: Setup, trainer: Quadratic
+) -> None:
+    method = IFCA(d=3)
+    shared = method.shared(setup)
+    close(shared["models"], torch.stack([setup.initial(j) for j in range(3)]))
+    # Clients 0 and 2 lie near model 1, client 1 near model 0; nobody takes model 2.
+    near = shared["models"][[1, 0, 1]]
+    trainer.centre = near + 0.01 * trainer.centre
+    message = method.send(setup, shared, {}, 3)
+    assert message.shape == (3, 3, setup.layout.size)
+    close(method.personal(setup, message, {}, trainer), near)
+    made, done = one_round(method, setup, trainer, shared)
+    assert done.extra["choice"].tolist() == [1, 0, 1]
+    ends = after(near, trainer.centre)
+    close(done.own, ends)
+    close(made["models"][0], ends[1])
+    close(made["models"][1], (1 * ends[0] + 5 * ends[2]) / 6)
+    assert torch.equal(made["models"][2], shared["models"][2])
+
+
+def test_ifca_warm_is_fedavg_and_then_clusters_the_updates(
+    setup: Setup, trainer: Quadratic
+) -> None:
+    method = IFCA(d=2, warm=3)
+    shared = method.shared(setup)
+    assert len(shared["models"]) == 1
+    start = shared["models"][0]
+    # Two clients pull one way, one the other.
+    way = normal(5, setup.layout.size, dtype=F64)
+    trainer.centre = start + torch.stack([way, -way, 1.1 * way])
+    ends = after(start, trainer.centre)
+    for version in (0, 1):
+        made, _ = one_round(method, setup, trainer, shared, version)
+        close(made["models"], (N.double() / 8 @ ends)[None])
+    made, _ = one_round(method, setup, trainer, shared, 2)
+    clusters = sorted(made["models"], key=lambda row: float((row - start) @ way))
+    close(clusters[0], ends[1])
+    close(clusters[1], (1 * ends[0] + 5 * ends[2]) / 6)
+    # After that it is IFCA.
+    again, done = one_round(method, setup, trainer, made, 3)
+    assert len(again["models"]) == 2
+    assert done.extra["choice"][0] == done.extra["choice"][2] != done.extra["choice"][1]
+
+
+def test_ifca_warm_with_fewer_different_updates_than_clusters(
+    setup: Setup, trainer: Quadratic
+) -> None:
+    trainer.centre = trainer.centre[:1].repeat(3, 1)
+    method = IFCA(d=3, warm=1)
+    shared = method.shared(setup)
+    made, _ = one_round(method, setup, trainer, shared)
+    moved = after(shared["models"][0], trainer.centre[0])
+    found = (made["models"] - shared["models"]).abs().sum(1) > 0
+    assert int(found.sum()) == 1
+    close(made["models"][found][0], moved)
+
+
+def test_the_paper_rule_pulls_twice_its_weight(setup: Setup, trainer: Quadratic) -> None:
+    """Its penalty is ||p - received||^2, without the half of a proximal term."""
+    method, start = FedMergePaper(d=2, prox=0.4), normal(2, 3, setup.layout.size, dtype=F64)
+    done = method.local(setup, start[:, None], {}, trainer)
+    first = start - LR * (start - trainer.centre)
+    ends = first - LR * ((first - trainer.centre) + 2 * 0.4 * (first - start))
+    close(done.delta, start - ends)
+
+
+def test_the_paper_rule_starts_from_independent_models_and_equal_rows(setup: Setup) -> None:
+    method = FedMergePaper(d=3)
+    models = method.shared(setup)["models"]
+    close(models, torch.stack([setup.initial(j) for j in range(3)]))
+    message = method.send(setup, {"models": models}, method.rows(setup, 2), 2)
+    close(message[:, 0], models.mean(0).repeat(2, 1))
+
+
+def test_fedmerge_starts_near_one_model_and_from_equal_rows(setup: Setup) -> None:
+    wide = Layout.of(net(300)())
+    big = Setup(wide, lambda j: wide.row(build(net(300), 0, j)), 0)
+    models = FedMerge(d=5, init_noise=0.3).shared(big)["models"]
+    centre = big.initial(0)
+    away = models - centre
+    assert away.std(1).tolist() == pytest.approx([0.3 * float(centre.std())] * 5, rel=0.1)
+    assert not torch.equal(away[0], away[1])
+    assert torch.equal(FedMerge(d=1).shared(setup)["models"][0], setup.initial(0))
+    rows = FedMerge(d=5).rows(setup, 2)
+    weights = FedMerge(d=5).weights(setup, rows)
+    close(weights, torch.full((2, 2, 5), 0.2, dtype=F64))
+
+
+# -- names and options ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("fedmerge", FedMerge()),
+        ("fedmerge:d=8:cap=0.2", FedMerge(d=8, cap=0.2)),
+        ("fedmerge:leave_one_out=false", FedMerge(leave_one_out=False)),
+        ("fedmerge:rule=default:d=3", FedMerge(d=3)),
+        ("fedmerge:rule=paper", FedMergePaper()),
+        ("fedmerge:logit_step=0.1:rule=paper", FedMergePaper(logit_step=0.1)),
+        ("fedavg", FedAvg()),
+        ("fedavg-ft", FedAvg(finetune=5)),
+        ("fedavg-ft:finetune=2", FedAvg(finetune=2)),
+        ("fedprox:mu=1", FedProx(mu=1.0)),
+        ("local", LocalOnly()),
+        ("ifca:d=8", IFCA(d=8)),
+        ("ifca-warm:d=8", IFCA(d=8, warm=5)),
+        ("ditto:lam=1e-2", Ditto(lam=0.01)),
+    ],
+)
+def test_a_text_names_a_method_and_its_options(text: str, method: Algorithm) -> None:
+    assert make_method(text) == method
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fedmerg", 'there is no method "fedmerg"; did you mean "fedmerge"?'),
+        ("", 'there is no method ""; choose from ditto, fedavg'),
+        ("fedmerge:dd=3", 'method "fedmerge" has no option "dd"; did you mean "d"?'),
+        ("fedmerge:ruel=paper", 'did you mean "rule"?'),
+        ("fedmerge:rule=papr", 'there is no rule "papr"; did you mean "paper"?'),
+        ("fedavg:rule=paper", 'method "fedavg" has no option "rule"; choose from finetune'),
+        ("fedmerge:rule=paper:cap=1", 'method "fedmerge" has no option "cap"'),
+        ("local:d=3", 'method "local" has no option "d"; it has no options'),
+        ("fedmerge:d", '"d" is not of the form key=value'),
+        ("fedmerge:d=", '"d=" is not of the form key=value'),
+        ("fedmerge:d=3:d=4", '"d" is given twice'),
+        ("fedmerge:d=three", 'd = "three": wanted int'),
+        ("fedmerge:d=2.5", 'd = "2.5": wanted int'),
+        ("fedmerge:cap=big", 'cap = "big": wanted float'),
+        ("fedmerge:leave_one_out=maybe", 'leave_one_out = "maybe": wanted bool'),
+        ("fedmerge:d=0", "d = 0: wanted 1 or more"),
+        ("fedmerge:cap=0", "cap = 0.0: wanted 1e-09 or more"),
+        ("fedmerge:cap=nan", "cap = nan"),
+        ("fedmerge:cap=inf", "cap = inf"),
+        ("fedmerge:init_noise=-1", "init_noise = -1.0: wanted 0 or more"),
+        ("fedmerge:horizon=0", "horizon = 0: wanted 1 or more"),
+        ("fedmerge:sketch=0", "sketch = 0: wanted 1 or more"),
+        ("fedmerge:rule=paper:prox=-1", "prox = -1.0: wanted 0 or more"),
+        ("fedmerge:rule=paper:logit_step=-1", "logit_step = -1.0: wanted 0 or more"),
+        ("fedavg:finetune=-1", "finetune = -1: wanted 0 or more"),
+        ("fedprox:mu=-1", "mu = -1.0: wanted 0 or more"),
+        ("ditto:lam=nan", "lam = nan: wanted 0 or more"),
+        ("ifca:d=0", "d = 0"),
+        ("ifca:warm=-1", "warm = -1"),
+    ],
+)
+def test_a_text_that_names_nothing_is_told_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_method(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_number_of_models_fits_the_number_of_clients() -> None:
+    assert FedMerge().resolve(40).d == 12
+    assert FedMerge().resolve(7).d == 7
+    assert FedMergePaper().resolve(40).d == 5
+    assert FedMergePaper().resolve(3).d == 3
+    assert IFCA().resolve(40).d == 4
+    assert IFCA().resolve(2).d == 2
+    for method in (FedMerge(d=9), FedMergePaper(d=9), IFCA(d=9)):
+        assert method.resolve(9).d == 9
+        with pytest.raises(ConfigError, match="d = 9 models for 8 clients: wanted d of at most 8"):
+            method.resolve(8)
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "fedmerge": {
+        "d": 2,
+        "init_noise": 0.5,
+        "cap": 0.001,
+        "horizon": 1,
+        "leave_one_out": False,
+        "sketch": 2,
+    },
+    "fedmerge:rule=paper": {"d": 2, "logit_step": 0.2, "prox": 0.5},
+    "fedavg": {"finetune": 1},
+    "fedavg-ft": {"finetune": 2},
+    "fedprox": {"mu": 1.0},
+    "local": {},
+    "ifca": {"d": 2, "warm": 1},
+    "ifca-warm": {"d": 2, "warm": 1},
+    "ditto": {"lam": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_every_method_changes_the_result(name: str) -> None:
+    method = make_method(name)
+    assert {f.name for f in dataclasses.fields(method)} == OPTIONS[name].keys()
+    base = run(method, rounds=6)
+    for option, value in OPTIONS[name].items():
+        other = run(dataclasses.replace(method, **{option: value}), rounds=6)
+        assert plain(other.history) != plain(base.history), option
+
+
+def test_every_method_is_in_the_registry_under_its_own_name() -> None:
+    assert set(METHODS) | {"fedmerge:rule=paper"} == set(OPTIONS)
+    for name, (kind, options) in METHODS.items():
+        assert make_method(name) == kind(**options)
+    assert {make_method(name).name for name in METHODS} <= set(METHODS)
+
+
+def test_more_models_than_clients_are_refused_by_a_simulation() -> None:
+    with pytest.raises(ConfigError, match="d = 7 models for 6 clients"):
+        simulate("fedmerge:d=7", make_clients(6), training=TRAINING)

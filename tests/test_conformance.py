@@ -1,0 +1,216 @@
+"""One suite over every method: what a method must hold to, whatever its update rule.
+
+A new method is tested here by being in the registry; its own step belongs in `test_algorithms`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from core_fixture import (
+    ALL_METHODS,
+    TRAINING,
+    equal,
+    make_client,
+    make_clients,
+    norm_net,
+    plain,
+    run,
+    simulate,
+    soup_tensors,
+)
+from fedmerge.sim import RoundLog, Simulation
+
+every_method = pytest.mark.parametrize("method", ALL_METHODS)
+# Warm-started clustering takes place within the few rounds of a test.
+SHORT = {"ifca-warm": "ifca-warm:warm=2"}
+PERSONAL = {"local", "ditto", "fedavg-ft"}
+"""Methods whose personal model is fitted at the client, so that it must fit its training data."""
+
+
+def short(method: str) -> str:
+    return SHORT.get(method, method)
+
+
+def losses(log: RoundLog, model: str = "merged", split: str = "train") -> float:
+    summary = log.metrics[model][split]["loss"]
+    assert summary is not None
+    return summary.mean
+
+
+def states(simulation: Simulation) -> dict[str, torch.Tensor]:
+    """The server's numbers and the clients' memory, clients in the order of their ids."""
+    order = sorted(range(len(simulation.clients)), key=lambda i: simulation.clients[i].id)
+    memory = {f"memory.{n}": t[order] for n, t in simulation._memory.items()}
+    return soup_tensors(simulation.soup) | memory
+
+
+def finish(simulation: Simulation) -> Simulation:
+    for _ in simulation.rounds():
+        pass
+    return simulation
+
+
+@every_method
+def test_it_learns_and_stays_finite(method: str) -> None:
+    simulation = run(short(method), rounds=12)
+    for log in simulation.history:
+        assert log.metrics.keys() == {"merged", "tuned", "local"}
+        for model in log.metrics:
+            for split in ("train", "validation", "test"):
+                assert 0 < losses(log, model, split) < 10
+    first, last = simulation.history[0], simulation.history[-1]
+    for model in ("merged", "tuned", "local"):
+        assert losses(last, model) < losses(first, model), model
+    # What a client has after training fits its data better than what everyone starts from.
+    assert losses(last, "local") < 0.85 * losses(first, "merged")
+    if method in PERSONAL:
+        assert losses(last) < 0.5 * losses(run("fedavg", rounds=12).history[-1])
+
+
+@every_method
+def test_stacked_is_sequential(method: str) -> None:
+    stacked = run(short(method), execution="stacked")
+    single = run(short(method), execution="sequential")
+    a, b = states(stacked), states(single)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+    for x, y in zip(stacked.history, single.history, strict=True):
+        for model in x.metrics:
+            assert losses(x, model) == pytest.approx(losses(y, model), rel=1e-4)
+
+
+@every_method
+def test_permuting_the_clients_permutes_the_results(method: str) -> None:
+    # More than one group, and of one size, so that nothing but the ids can order them.
+    clients = [make_client(f"c{i:02d}", 6, kind=i % 2) for i in range(22)]
+    order = [i * 7 % 22 for i in range(22)]
+    options = {"participation": 0.9, "dropout": 0.1, "rounds": 3}
+    first = run(short(method), clients, **options)
+    second = run(short(method), [clients[i] for i in order], **options)
+    assert equal(states(first), states(second))
+    of_first, of_second = first.result(), second.result()
+    by_id = {client["id"]: client for client in of_first["clients"]}
+    assert [client["id"] for client in of_second["clients"]] == [clients[i].id for i in order]
+    for client in of_second["clients"]:
+        assert client == by_id[client["id"]]
+    if of_first["weights"] is not None:
+        assert of_second["weights"] == [of_first["weights"][i] for i in order]
+
+
+@every_method
+def test_absent_clients_are_left_untouched(method: str) -> None:
+    simulation = simulate(short(method), make_clients(8), participation=0.3, dropout=0.3, rounds=6)
+    ids = [client.id for client in simulation.clients]
+    touched = 0
+    rounds = simulation.rounds()
+    for number in range(1, 7):
+        before = {n: t.clone() for n, t in simulation._memory.items()}
+        rows = simulation.soup.rows(ids)
+        next(rounds)
+        cohort = set(simulation._cohort(number))
+        here = {i for i in cohort if not simulation._drops(number, i)}
+        away = [i for i in range(8) if i not in here]
+        after = simulation.soup.rows(ids)
+        for old, new in ((before, simulation._memory), (rows, after)):
+            for name in old:
+                assert torch.equal(old[name][away], new[name][away]), name
+                touched += not torch.equal(old[name], new[name])
+    if before or rows:
+        assert touched > 3  # those who were there did move
+
+
+@every_method
+def test_a_run_that_was_stopped_goes_on_the_same_to_the_bit(method: str, tmp_path: Path) -> None:
+    options = {"rounds": 6, "participation": 0.7, "dropout": 0.1, "evaluate_every": 2}
+    whole = run(short(method), **options)
+    stopped = simulate(short(method), checkpoint=tmp_path, **options)
+    for log in stopped.rounds():
+        if log.round == 3:
+            break
+    del stopped
+    resumed = simulate(short(method), checkpoint=tmp_path, **options)
+    assert len(resumed.history) == 3
+    finish(resumed)
+    assert plain(resumed.history) == plain(whole.history)
+    assert equal(states(resumed), states(whole))
+    assert resumed.result() == whole.result()
+    # A finished run is not run again.
+    again = simulate(short(method), checkpoint=tmp_path, **options)
+    assert list(again.rounds()) == []
+    assert again.result() == whole.result()
+
+
+@every_method
+def test_the_seed_decides_everything(method: str) -> None:
+    options = {"participation": 0.8, "dropout": 0.1}
+    torch.manual_seed(1)
+    first = run(short(method), seed=5, **options)
+    torch.manual_seed(2)
+    same = run(short(method), seed=5, **options)
+    other = run(short(method), seed=6, **options)
+    assert plain(first.history) == plain(same.history)
+    assert equal(states(first), states(same))
+    assert plain(first.history) != plain(other.history)
+    assert first.result()["models"] != other.result()["models"]
+
+
+@every_method
+def test_no_round_is_lost_on_a_cohort_of_one(method: str) -> None:
+    simulation = run(short(method), participation=0.01, rounds=5)
+    assert [log.cohort for log in simulation.history] == [1] * 5
+    for value in states(simulation).values():
+        assert bool(value.isfinite().all())
+
+
+@every_method
+def test_it_takes_statistics_and_counters(method: str) -> None:
+    simulation = run(
+        short(method), make_clients(4), norm_net, training=replace(TRAINING, batch_size=100)
+    )
+    for log in simulation.history:
+        assert losses(log) < 20
+    layout = simulation.soup.setup.layout
+    rows = simulation.personal([client.id for client in simulation.clients])
+    assert bool((layout.views(rows)["1.running_var"] > 0).all())
+    assert bool(rows.isfinite().all())
+    counters = rows[:, layout.counters]
+    assert torch.equal(counters, counters.round())
+    assert bool((counters > 0).all())
+
+
+@every_method
+def test_what_travels_is_counted(method: str) -> None:
+    simulation = run(short(method), rounds=2, dropout=0.3)
+    row = simulation.soup.setup.layout.n_bytes
+    for log in simulation.history:
+        replied = log.cohort - log.dropped
+        models = {"local": 0, "ifca": 4}.get(method, 1)
+        assert log.bytes_down == models * row * log.cohort
+        assert log.bytes_up == (0 if method == "local" else row * replied)
+
+
+def test_a_round_of_fedmerge_costs_the_bytes_of_fedavg() -> None:
+    averaged = run("fedavg", participation=0.7, dropout=0.2)
+    for method in ("fedmerge", "fedmerge:rule=paper"):
+        merged = run(method, participation=0.7, dropout=0.2)
+        for a, b in zip(merged.history, averaged.history, strict=True):
+            assert (a.bytes_up, a.bytes_down) == (b.bytes_up, b.bytes_down)
+
+
+@every_method
+def test_its_functions_change_none_of_what_they_are_given(method: str) -> None:
+    """State goes in and comes out: what was there before a round is there after it."""
+    simulation = simulate(short(method))
+    rounds = simulation.rounds()
+    next(rounds)
+    shared = simulation.soup.shared
+    kept = {name: value.clone() for name, value in shared.items()}
+    next(rounds)
+    next(rounds)
+    assert equal(shared, kept)
