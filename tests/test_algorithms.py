@@ -315,6 +315,7 @@ def test_a_text_names_a_method_and_its_options(text: str, method: Algorithm) -> 
         ("fedavg:finetune=-1", "finetune = -1: wanted 0 or more"),
         ("fedprox:mu=-1", "mu = -1.0: wanted 0 or more"),
         ("ditto:lam=nan", "lam = nan: wanted 0 or more"),
+        ("fedprox:mu=1e300", "mu = 1e+300: wanted 0 or more, at most 1000000"),
         ("ifca:d=0", "d = 0"),
         ("ifca:warm=-1", "warm = -1"),
     ],

@@ -71,7 +71,7 @@ def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping
     write_atomic(folder / name, data)
     index = {"format": FORMAT, "tensors": name, "bytes": len(data), "facts": dict(facts)}
     index["checksum"] = _checksum(index)
-    write_atomic(folder / INDEX, json.dumps(index, allow_nan=False).encode())
+    write_atomic(folder / INDEX, json.dumps(index).encode())
     # Tensors of the states before, and what saves that were killed have left.
     for pattern in ("tensors-*.safetensors", ".tensors-*", f".{INDEX}.*"):
         for stale in folder.glob(pattern):

@@ -168,11 +168,12 @@ class Algorithm:
         return self
 
     def _need(self, **least: float) -> None:
-        """Raise ConfigError unless each option is at least so much; None, for a default, is."""
+        """Raise ConfigError unless each option is in [least, 1e6]; None, for a default, is."""
         for option, bound in least.items():
             value = getattr(self, option)
-            if value is not None and not bound <= value < float("inf"):
-                raise ConfigError(f"{self.name}: {option} = {value}: wanted {bound:g} or more")
+            if value is not None and not bound <= value <= 1e6:
+                wanted = f"{bound:g} or more, at most 1000000"
+                raise ConfigError(f"{self.name}: {option} = {value}: wanted {wanted}")
 
     def shared(self, setup: Setup) -> Tensors:
         """The server's state before the first round."""

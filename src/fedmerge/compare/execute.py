@@ -7,6 +7,7 @@ rounds themselves, and the checkpoint, are the simulation's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +49,11 @@ def execute(
     files.write_config(folder, config)
     # The checkpoint decides: rounds after it are run, and logged, again.
     files.write_log(folder, [log.to_json() for log in simulation.history])
-    for log in simulation.rounds():
-        files.append_log(folder, log.to_json())
-        on_round(log)
+    # Closed at once on Ctrl-C: that is when the simulation saves what it has.
+    with closing(simulation.rounds()) as rounds:
+        for log in rounds:
+            files.append_log(folder, log.to_json())
+            on_round(log)
     result = _result(config, simulation)
     files.write_result(folder, result)
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Simulation:
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def rounds(self) -> Iterator[RoundLog]:
+    def rounds(self) -> Generator[RoundLog]:
         """Run the rounds that are not done yet, and yield the log of each."""
         saved_at = time.monotonic()
         try:
