@@ -30,7 +30,7 @@ VARIANTS = {
     "momentum": replace(BASE, momentum=0.9),
     "decay": replace(BASE, weight_decay=0.05),
     "clip": replace(BASE, clip=0.3),
-    "loose clip": replace(BASE, clip=1.0),
+    "loose clip": replace(BASE, clip=3.0),
     "mse": replace(BASE, loss="mse"),
     "all": replace(BASE, momentum=0.5, weight_decay=0.05, clip=0.5),
     "wide": replace(BASE, batch_size=100),
@@ -351,12 +351,11 @@ def test_dropout_draws_differ_from_client_to_client_and_stop_in_evaluation() -> 
     one = Examples.of([(normal(0, 1, N_FEATURES), torch.tensor([1]))]).take(np.array([0, 0]))
     rows = rows[:1].repeat(2, 1)
     end, _ = engine.fit(rows, one, KEYS[:2], seed=3, epochs=1)
-    assert not torch.equal(end[0], end[1])
+    assert not torch.allclose(end[0], end[1], rtol=1e-3)
     same, _ = engine.fit(rows, one, [KEYS[0], KEYS[0]], seed=3, epochs=1)
-    assert torch.equal(same[0], same[1])
-    assert torch.equal(same[0], end[0])
+    torch.testing.assert_close(same, end[:1].repeat(2, 1), rtol=1e-5, atol=1e-7)
     losses = engine.evaluate(rows, one)[0]
-    assert losses[0] == losses[1]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
 
 
 # -- evaluation -----------------------------------------------------------------------------------

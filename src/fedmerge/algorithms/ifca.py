@@ -91,6 +91,7 @@ class IFCA(Algorithm):
         """(d, P): the global model moved by the mean update of each cluster of updates."""
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
+        from threadpoolctl import threadpool_limits
 
         d = self.d or 1
         delta, n = fold.gathered("delta"), fold.gathered("n")
@@ -102,7 +103,9 @@ class IFCA(Algorithm):
             n_init=10,
             random_state=derive(setup.seed, "k-means") % 2**32,
         )
-        with warnings.catch_warnings():
+        # In one thread: threads add up in the order in which they end, so the last bits, and with
+        # them the clusters, would not be the same every time.
+        with threadpool_limits(1), warnings.catch_warnings():
             # Fewer distinct updates than clusters: the models left over stay at the global one.
             warnings.simplefilter("ignore", ConvergenceWarning)
             label = torch.from_numpy(means.fit_predict(delta[:, : setup.layout.n_params].numpy()))
