@@ -203,6 +203,17 @@ class Engine:
         _check_targets(output, y)
         return functional.mse_loss(output, y)
 
+    def _forward(self, x: Tensor) -> Tensor:
+        try:
+            output: Tensor = self._module(x)
+        except ValueError as error:
+            # BatchNorm has no variance of one example.
+            raise ModelError(
+                f"the model cannot be trained on a batch of {len(x)}: {error}; use another batch "
+                "size, or GroupNorm in place of BatchNorm"
+            ) from error
+        return output
+
     def _fit_one(
         self,
         i: int,
@@ -232,7 +243,7 @@ class Engine:
             for epoch in order:
                 at = torch.from_numpy(epoch + examples.start[i])
                 for batch in torch.split(at, self.training.batch_size):
-                    output = module(examples.x[batch])
+                    output = self._forward(examples.x[batch])
                     loss = self._criterion(output, examples.y[batch])
                     parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
                     with torch.no_grad():

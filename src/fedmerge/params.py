@@ -134,6 +134,13 @@ class Layout:
         )
 
     @cached_property
+    def last_layer(self) -> tuple[int, int]:
+        """(start, stop) of the parameters of the layer that stands last in the row."""
+        owned = [e for e in self.entries if e.kind == "parameter"]
+        start = min(e.start for e in owned if _owner(e.name) == _owner(owned[-1].name))
+        return start, self.n_params
+
+    @cached_property
     def segments(self) -> tuple[tuple[int, int, int], ...]:
         """(start, stop, block) that cover the whole row, buffers too, in order."""
         merged: list[tuple[int, int, int]] = []

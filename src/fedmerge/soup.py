@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import Algorithm, Fold, Setup, Tensors, Ticket, Updates
-from .errors import ConfigError, StateError
+from .errors import ConfigError, ModelError, StateError
 from .params import Blocks, Layout, ModelSource, build
 from .store import has_state, load_state, save_state
 
@@ -27,8 +27,8 @@ Reason = Literal["unknown", "stale", "duplicate", "shape", "non-finite", "empty"
 
 @dataclass(frozen=True)
 class Refusal:
-    """An update that was not taken: unknown client, stale or duplicate ticket, wrong shape or
-    dtype, a number that is not finite, or no examples behind it."""
+    """An update that was not taken: unknown client, stale or duplicate ticket, wrong shape, dtype
+    or contents, a number that is not finite, or no examples behind it."""
 
     client: str
     reason: Reason
@@ -155,7 +155,16 @@ class Soup:
 
         An update is taken once, for the model its ticket names, and only if it is sound; the
         others are counted and change nothing.
+
+        Raises:
+            ModelError: a stack whose parts are not of one length.
         """
+        parts = [updates.delta, updates.n_examples, updates.steps, updates.lr]
+        if any(len(part) != len(updates) for part in [*parts, *updates.extra.values()]):
+            raise ModelError(
+                f"updates of {len(updates)} tickets have parts of {[len(p) for p in parts]} "
+                "clients: wanted one row of each for every ticket"
+            )
         refusals: list[Refusal] = []
         taken: list[int] = []
         finite = _finite(updates.delta)
@@ -169,7 +178,9 @@ class Soup:
             else:
                 refusals.append(Refusal(ticket.client, reason))
                 self.refused[reason] += 1
-                self.refused_by.setdefault(ticket.client, Counter())[reason] += 1
+                # Not for unknown names: whoever invents them would fill the memory.
+                if reason != "unknown":
+                    self.refused_by.setdefault(ticket.client, Counter())[reason] += 1
         if taken:
             sound = updates.take(taken)
             if self.ordered:
@@ -179,6 +190,10 @@ class Soup:
             else:
                 self._fold(sound)
         return refusals
+
+    def abandon(self) -> None:
+        """Drop what the open round has gathered; its tickets can be used again."""
+        self._reset_round()
 
     def commit(self) -> tuple[str, ...]:
         """End the round: models and rows move. Returns the clients whose updates were used."""
@@ -218,6 +233,8 @@ class Soup:
             return "duplicate"
         wanted = self.setup.layout.size if self.algorithm.sends_update else 0
         if updates.delta[i].shape != (wanted,) or updates.delta.dtype != self.setup.layout.dtype:
+            return "shape"
+        if not self.algorithm.fits(self.shared, {n: v[i] for n, v in updates.extra.items()}):
             return "shape"
         if not updates.n_examples[i] > 0 or not updates.steps[i] > 0:
             return "empty"

@@ -172,7 +172,8 @@ class Algorithm:
         for option, bound in least.items():
             value = getattr(self, option)
             if value is not None and not bound <= value <= 1e6:
-                wanted = f"{bound:g} or more, at most 1000000"
+                wanted = "above 0" if 0 < bound < 1 else f"{bound:g} or more"
+                wanted += ", at most 1000000"
                 raise ConfigError(f"{self.name}: {option} = {value}: wanted {wanted}")
 
     def shared(self, setup: Setup) -> Tensors:
@@ -201,6 +202,10 @@ class Algorithm:
         """(k, P): the model each client would use, given its message (k, r, P); evaluated as
         `merged`."""
         return message[:, 0]
+
+    def fits(self, shared: Tensors, extra: Tensors) -> bool:
+        """Whether what one client sent beside its update is what the method can use."""
+        return True
 
     def coefficients(
         self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates

@@ -44,7 +44,7 @@ class FedMerge(Algorithm):
     sketch: int = 256
 
     def __post_init__(self) -> None:
-        self._need(d=1, init_noise=0, cap=1e-9, horizon=1, sketch=1)
+        self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1)
 
     def resolve(self, n_clients: int | None) -> Self:
         made = super().resolve(n_clients)
@@ -58,7 +58,9 @@ class FedMerge(Algorithm):
             # Equal models would leave the rows without a gradient for ever.
             draw = torch_generator(setup.seed, "spread")
             noise = torch.randn(d, n, generator=draw, dtype=torch.float64).to(models.dtype)
-            models[:, :n] += self.init_noise * centre[:n].std() * noise
+            spread = centre[:n].std() if n > 1 else centre.new_zeros(())
+            # Parameters all equal have no scale of their own.
+            models[:, :n] += self.init_noise * (spread if spread > 0 else 1.0) * noise
         return {"models": models}
 
     def rows(self, setup: Setup, k: int) -> Tensors:

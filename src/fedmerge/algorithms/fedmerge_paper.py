@@ -78,7 +78,7 @@ class FedMergePaper(Algorithm):
         if not fold.parts:
             return shared, {}
         models, delta, n = shared["models"], fold.gathered("delta"), fold.gathered("n")
-        scores = block_scores(delta, models, setup.layout.spans[-1:])[:, 0]
+        scores = block_scores(delta, models, [setup.layout.last_layer])[:, 0]
         logits = paper_row_step(
             fold.gathered("logits")[:, 0], scores, n, logit_step=self.logit_step
         )

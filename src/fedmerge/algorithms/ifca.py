@@ -57,6 +57,12 @@ class IFCA(Algorithm):
         end, steps = trainer.fit(start)
         return Local(setup.layout.update(start, end), steps, memory, end, {"choice": choice})
 
+    def fits(self, shared: Tensors, extra: Tensors) -> bool:
+        choice = extra.get("choice")
+        if choice is None or choice.dtype != torch.int64 or choice.ndim:
+            return False
+        return 0 <= int(choice) < len(shared["models"])
+
     def coefficients(
         self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates
     ) -> Tensor:

@@ -125,6 +125,7 @@ class Simulation:
 
     def _round(self, number: int) -> RoundLog:
         clock = _Clock()
+        self.soup.abandon()  # what an interrupted attempt at this round has left
         cohort = self._cohort(number)
         replying = [i for i in cohort if not self._drops(number, i)]
         evaluated = number % self.evaluate_every == 0 or number == self.n_rounds
@@ -312,11 +313,12 @@ def _federation(clients: Sequence[Client]) -> Federation:
     """Clients of the caller's own: what a model takes and gives is read off their data."""
     if not clients:
         raise ConfigError("clients is empty: wanted 1 client or more")
-    targets = torch.cat([split.y for c in clients for _, split in c.splits()])
-    shape = tuple(clients[0].train.x.shape[1:])
-    if targets.dtype.is_floating_point:
-        return Federation("clients", tuple(clients), "regression", targets.shape[-1], shape)
-    n_classes = int(targets.max()) + 1 if len(targets) else 0
+    first = clients[0].train
+    shape = tuple(first.x.shape[1:])
+    if first.y.dtype.is_floating_point:
+        return Federation("clients", tuple(clients), "regression", first.y.shape[-1], shape)
+    targets = [split.y for c in clients for _, split in c.splits() if len(split)]
+    n_classes = max((int(y.max()) + 1 for y in targets), default=0)
     return Federation("clients", tuple(clients), "classification", n_classes, shape)
 
 
