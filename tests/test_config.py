@@ -198,7 +198,7 @@ def test_every_setting_arrives(name: str, base: dict[str, Any]) -> None:
     elif name == "execution":
         config = load_config(None, {**TINY, "execution": "sequential"})
         simulation = config.simulation(config.federation())
-        assert simulation._engine.net is None
+        assert simulation._side.engine.net is None
         config = load_config(None, {**TINY, "execution": "stacked"})
         assert config.simulation(config.federation())._engine.net is not None
     else:

@@ -103,7 +103,7 @@ def test_metrics_are_those_of_the_models_they_name() -> None:
         assert accuracy.worst_decile == pytest.approx(found.accuracy.min(), rel=1e-6)
     splits = [(client.train.x, client.train.y) for client in simulation.clients]
     keys = [(3, name, "tuned") for name in ids]
-    tuned, _ = simulation._engine.fit(rows, Examples.of(splits), keys, seed=0, epochs=1)
+    tuned, _ = simulation._side.engine.fit(rows, Examples.of(splits), keys, seed=0, epochs=1)
     made = last.metrics["tuned"]["test"]["loss"]
     assert made is not None
     assert made.mean == pytest.approx(measure(simulation, tuned, "test").loss.mean(), rel=1e-5)
@@ -188,7 +188,7 @@ def test_who_drops_out_sends_nothing() -> None:
     for number in range(1, 7):
         before = simulation.soup.shared["models"]
         here = [i for i in range(6) if not simulation._drops(number, i)]
-        trainer = simulation._trainer(here, number)
+        trainer = simulation._side.trainer(here, number)
         end, _ = trainer.fit(before.expand(len(here), -1)) if here else (before, None)
         n = trainer.n_examples.double()
         next(rounds)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +23,7 @@ from .params import Layout
 from .rng import derive, numpy_generator
 from .stack import StackedNet
 
+Index = npt.NDArray[np.int64]
 Loss = Literal["auto", "cross-entropy", "mse"]
 EVALUATION_BATCH = 512
 
@@ -83,8 +85,8 @@ class Examples:
 
     x: Tensor
     y: Tensor
-    start: np.ndarray
-    count: np.ndarray
+    start: Index
+    count: Index
 
     @classmethod
     def of(cls, splits: Sequence[tuple[Tensor, Tensor]]) -> Examples:
@@ -94,7 +96,7 @@ class Examples:
         x, y = torch.cat([x for x, _ in splits]), torch.cat([y for _, y in splits])
         return cls(x, y, start, count)
 
-    def take(self, clients: np.ndarray) -> Examples:
+    def take(self, clients: Index) -> Examples:
         """The same pool, seen by some of the clients only; nothing is copied."""
         return Examples(self.x, self.y, self.start[clients], self.count[clients])
 
@@ -180,14 +182,23 @@ class Engine:
             diverged) and (k,) share of right answers; NaN for a client without examples, and
             accuracies NaN for regression. Both float64.
         """
+        return self.measure(rows, [examples])[0]
+
+    def measure(self, rows: Tensor, parts: Sequence[Examples]) -> list[tuple[Tensor, Tensor]]:
+        """As `evaluate`, on several parts of one pool at once."""
         self.layout.check(rows)
         if self.net is None:
-            results = [self._evaluate_one(row, examples, i) for i, row in enumerate(rows)]
+            found = [
+                [self._evaluate_one(row, part, i) for i, row in enumerate(rows)] for part in parts
+            ]
         else:
-            results = self._evaluate_stack(rows, examples)
-        loss, right = (
-            torch.tensor(column, dtype=torch.float64) for column in zip(*results, strict=True)
-        )
+            found = self._evaluate_stack(self.net, rows, parts)
+        return [self._averages(sums, part) for sums, part in zip(found, parts, strict=True)]
+
+    def _averages(
+        self, sums: list[tuple[float, float]], examples: Examples
+    ) -> tuple[Tensor, Tensor]:
+        loss, right = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2).unbind(1)
         count = torch.from_numpy(examples.count)
         # NaN is for what was not measured: a diverged model is the worst, and must count as that.
         loss = torch.where(loss.isnan() & (count > 0), math.inf, loss)
@@ -316,26 +327,40 @@ class Engine:
             )
         rows[at] = work
 
-    @torch.inference_mode()
-    def _evaluate_stack(self, rows: Tensor, examples: Examples) -> list[tuple[float, float]]:
-        if self.net is None:
-            raise ModelError("this model cannot be stacked")
-        longest = int(examples.count.max(initial=0))
-        real = np.arange(longest)[None, :] < examples.count[:, None]
-        at = np.where(real, examples.start[:, None] + np.arange(longest)[None, :], 0)
-        index, mask = torch.from_numpy(at), torch.from_numpy(real)
-        y = examples.y[index]
-        output = self.net.forward(rows, examples.x[index])
+    @torch.no_grad()
+    def _evaluate_stack(
+        self, net: StackedNet, rows: Tensor, parts: Sequence[Examples]
+    ) -> list[list[tuple[float, float]]]:
+        """Sums of loss and of right answers, by part and client; all parts in one pass."""
+        index, real = (torch.from_numpy(a) for a in _padded(parts))
+        x, y = parts[0].x, parts[0].y[index]
+        output = net.forward(rows, x[index])
         if self.training.loss == "mse":
             _check_targets(output, y)
             each = (output - y).square().mean(-1)
-            right = torch.zeros(len(rows))
+            right = torch.zeros_like(each)
         else:
             each = functional.cross_entropy(output.transpose(1, 2), y, reduction="none")
-            right = ((output.argmax(-1) == y) & mask).sum(1)
+            right = (output.argmax(-1) == y).to(each.dtype)
         # Where a padded place holds an infinite loss, 0 * inf would be NaN.
-        loss = torch.where(mask, each, 0.0).sum(1)
-        return list(zip(loss.tolist(), right.tolist(), strict=True))
+        sums = torch.stack([torch.where(real, each, 0.0), torch.where(real, right, 0.0)], dim=-1)
+        widths = [int(part.count.max(initial=0)) for part in parts]
+        made: list[list[tuple[float, float]]] = [
+            [(loss, good) for loss, good in part.sum(1).tolist()]
+            for part in torch.split(sums, widths, dim=1)
+        ]
+        return made
+
+
+def _padded(parts: Sequence[Examples]) -> tuple[Index, npt.NDArray[np.bool_]]:
+    """Where the examples of every client lie in the pool, part after part, and which are real."""
+    places, reals = [], []
+    for part in parts:
+        column = np.arange(part.count.max(initial=0))[None, :]
+        real = column < part.count[:, None]
+        places.append(np.where(real, part.start[:, None] + column, 0))
+        reals.append(real)
+    return np.concatenate(places, axis=1), np.concatenate(reals, axis=1)
 
 
 def _check_targets(output: Tensor, y: Tensor) -> None:

@@ -121,16 +121,20 @@ class Soup:
         Raises:
             ConfigError: a client that never joined.
         """
+        at = self._at(clients)
+        return {name: table[at] for name, table in self._table.items()}
+
+    def _at(self, clients: Sequence[str]) -> Tensor:
         unknown = [c for c in clients if c not in self._places]
         if unknown:
             raise ConfigError(f'client "{unknown[0]}" has not joined: call join first')
-        at = torch.tensor([self._places[c] for c in clients], dtype=torch.int64)
-        return {name: table[at] for name, table in self._table.items()}
+        return torch.tensor([self._places[c] for c in clients], dtype=torch.int64)
 
     def weights(self, clients: Sequence[str] | None = None) -> Tensor | None:
         """(k, b, d) merging weights of `clients` (of all, if None); None without such."""
-        named = self.clients if clients is None else clients
-        return self.algorithm.weights(self.setup, self.rows(named))
+        # Of the whole table, so that nothing but weights is copied.
+        weights = self.algorithm.weights(self.setup, self._table)
+        return weights if weights is None or clients is None else weights[self._at(clients)]
 
     # -- a round -----------------------------------------------------------------------------------
 
@@ -204,7 +208,7 @@ class Soup:
         )
         folded = tuple(self._folded)
         if rows and folded:
-            at = torch.tensor([self._places[c] for c in folded], dtype=torch.int64)
+            at = self._at(folded)
             for name, value in rows.items():
                 self._table[name][at] = value
         self.version += 1

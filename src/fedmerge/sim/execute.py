@@ -1,17 +1,19 @@
-"""Who runs local training in a simulation: groups of clients, each a stack or one after another.
+"""The clients' side of a simulation, and who carries it out: groups of clients, task by task.
 
-It implements `Trainer` for a group; methods decide what is trained.
+Methods decide what is trained; the loop over rounds decides who takes part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..algorithms import Algorithm, Local, Setup, Tensors
 from ..data.clients import Client
 from ..local import Engine, Examples, Proximal
 from .log import SPLITS, Measured
@@ -33,12 +35,13 @@ class Population:
 
     @classmethod
     def of(cls, clients: Sequence[Client]) -> Population:
-        """Pool the clients' data; they are copied once."""
-        pooled = {
-            name: Examples.of([(getattr(c, name).x, getattr(c, name).y) for c in clients])
-            for name in SPLITS
+        """Pool the clients' data, which are copied once: each client's splits side by side."""
+        pooled = Examples.of([(s.x, s.y) for c in clients for _, s in c.splits()])
+        splits = {
+            name: Examples(pooled.x, pooled.y, pooled.start[i::3], pooled.count[i::3])
+            for i, name in enumerate(SPLITS)
         }
-        return cls(tuple(c.id for c in clients), pooled)
+        return cls(tuple(c.id for c in clients), splits)
 
     def groups(self, places: Sequence[int]) -> Iterator[list[int]]:
         """Divide clients into groups of similar size, the same whatever order they come in."""
@@ -90,8 +93,99 @@ class GroupTrainer:
 
     def measure(self, rows: Tensor) -> dict[str, Measured]:
         """Loss and accuracy of rows (k, P) on each split."""
-        made = {}
-        for split in SPLITS:
-            loss, accuracy = self.engine.evaluate(rows, self._examples(split))
-            made[split] = Measured(loss.numpy(), accuracy.numpy())
-        return made
+        found = self.engine.measure(rows, [self._examples(split) for split in SPLITS])
+        return {
+            split: Measured(loss.numpy(), accuracy.numpy())
+            for split, (loss, accuracy) in zip(SPLITS, found, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a group of clients has to do in a round.
+
+    Attributes:
+        places: of the clients in the population. round: from 1.
+        message: (k, r, P), what they received. memory: what they keep.
+    """
+
+    places: list[int]
+    round: int
+    message: Tensor
+    memory: Tensors
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a group of clients has after training, and how its own models do, if measured."""
+
+    local: Local
+    n_examples: Tensor
+    own: dict[str, Measured] | None
+
+
+@dataclass(frozen=True)
+class ClientSide:
+    """All that happens at clients; the same value does it in this process or in another."""
+
+    algorithm: Algorithm
+    setup: Setup
+    engine: Engine
+    population: Population
+    seed: int
+
+    def trainer(self, places: list[int], number: int) -> GroupTrainer:
+        """Local training of the clients at `places` in round `number`."""
+        return GroupTrainer(self.engine, self.population, places, self.seed, number)
+
+    def train(self, task: Task, *, measured: bool) -> Trained:
+        """Local training, and with `measured` the evaluation of each client's own model."""
+        trainer = self.trainer(task.places, task.round)
+        local = self.algorithm.local(self.setup, task.message, task.memory, trainer)
+        own = trainer.measure(local.own) if measured else None
+        return Trained(local, trainer.n_examples, own)
+
+    def personal(self, task: Task) -> Tensor:
+        """(k, P): the models that the clients would use."""
+        trainer = self.trainer(task.places, task.round)
+        return self.algorithm.personal(self.setup, task.message, task.memory, trainer)
+
+    def evaluate(self, task: Task) -> dict[str, dict[str, Measured]]:
+        """How `merged` does, the model each client would use, and `tuned`, after an epoch."""
+        trainer = self.trainer(task.places, task.round)
+        rows = self.personal(task)
+        tuned, _ = trainer.fit(rows, epochs=1, purpose="tuned")
+        return {"merged": trainer.measure(rows), "tuned": trainer.measure(tuned)}
+
+
+class Executor(Protocol):
+    """Has the clients' tasks done; results come in the order of the tasks."""
+
+    def train(self, tasks: Iterable[Task], *, measured: bool) -> Iterator[Trained]:
+        """See `ClientSide.train`."""
+
+    def evaluate(self, tasks: Iterable[Task]) -> Iterator[dict[str, dict[str, Measured]]]:
+        """See `ClientSide.evaluate`."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """One group after the other, in this process."""
+
+    side: ClientSide
+
+    def train(self, tasks: Iterable[Task], *, measured: bool) -> Iterator[Trained]:
+        """See `ClientSide.train`."""
+        for task in tasks:
+            yield self.side.train(task, measured=measured)
+
+    def evaluate(self, tasks: Iterable[Task]) -> Iterator[dict[str, dict[str, Measured]]]:
+        """See `ClientSide.evaluate`."""
+        for task in tasks:
+            yield self.side.evaluate(task)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithms import Algorithm, Local, Tensors, Updates
+from ..algorithms import Algorithm, Tensors, Ticket, Updates
 from ..data.clients import Client, Federation, check_federation
 from ..errors import ConfigError, ModelError, StateError
 from ..local import Engine, Training
 from ..params import Blocks, ModelSource, build
 from ..rng import numpy_generator
-from ..soup import Sent, Soup
+from ..soup import Soup
 from ..store import has_state, load_state, save_state
-from .execute import GroupTrainer, Population
+from .execute import ClientSide, Executor, InProcess, Population, Task, Trained
 from .log import SPLITS, Array, Measured, RoundLog
 from .results import MODELS, summarise_run
 
+T = TypeVar("T")
 PerClient = dict[str, dict[str, Measured]]
 
 
@@ -94,7 +95,9 @@ class Simulation:
         self.soup = Soup(self.algorithm, model, seed=seed, blocks=blocks)
         self.history: list[RoundLog] = []
         self._population = Population.of(self.clients)
-        self._engine = Engine(build(model, seed), self.soup.setup.layout, self.training, execution)
+        engine = Engine(build(model, seed), self.soup.setup.layout, self.training, execution)
+        self._side = ClientSide(self.algorithm, self.soup.setup, engine, self._population, seed)
+        self._executor: Executor = InProcess(self._side)
         self.soup.join(sorted(self._population.ids))
         self._memory: Tensors = self.algorithm.memory(self.soup.setup, len(self.clients))
         self._latest: PerClient = {}
@@ -127,33 +130,36 @@ class Simulation:
         clock = _Clock()
         self.soup.abandon()  # what an interrupted attempt at this round has left
         cohort = self._cohort(number)
-        replying = [i for i in cohort if not self._drops(number, i)]
+        replying = {i for i in cohort if not self._drops(number, i)}
         evaluated = number % self.evaluate_every == 0 or number == self.n_rounds
         refused: Counter[str] = Counter()
         kept: list[tuple[list[int], Tensors]] = []
-        local = _PerClientArrays(len(self.clients))
+        figures = _PerClientArrays(len(self.clients))
         bytes_up = bytes_down = 0
-        for group in self._population.groups(cohort):
-            with clock("send"):
-                sent = self.soup.send([self._population.ids[i] for i in group])
-                bytes_down += sent.message.nbytes
-            working = [p for p, i in enumerate(group) if i in replying]
-            if not working:
-                continue
-            places = [group[p] for p in working]
-            trainer = self._trainer(places, number)
-            with clock("local"):
-                memory = {name: table[places] for name, table in self._memory.items()}
-                message = sent.message[working]
-                done = self.algorithm.local(self.soup.setup, message, memory, trainer)
+        working: deque[tuple[Task, tuple[Ticket, ...]]] = deque()
+
+        def tasks() -> Iterator[Task]:
+            nonlocal bytes_down
+            for group in self._population.groups(cohort):
+                with clock("send"):
+                    sent = self.soup.send([self._population.ids[i] for i in group])
+                    bytes_down += sent.message.nbytes
+                    there = [p for p, i in enumerate(group) if i in replying]
+                    if not there:
+                        continue
+                    task = self._task([group[p] for p in there], number, sent.message[there])
+                    working.append((task, tuple(sent.tickets[p] for p in there)))
+                yield task
+
+        for done in clock.over("local", self._executor.train(tasks(), measured=evaluated)):
+            task, tickets = working.popleft()
             with clock("fold"):
-                updates = self._updates(sent, working, trainer, done)
+                updates = self._updates(tickets, done)
                 bytes_up += updates.delta.nbytes
                 refused.update(r.reason for r in self.soup.fold(updates))
-                kept.append((places, done.memory))
-            if evaluated:
-                with clock("evaluate"):
-                    local.put("local", places, trainer.measure(done.own))
+                kept.append((task.places, done.local.memory))
+                if done.own is not None:
+                    figures.put("local", task.places, done.own)
         with clock("commit"):
             before = self.soup.weights()
             self._whole = False
@@ -163,16 +169,16 @@ class Simulation:
                     self._memory[name][places] = value
         if evaluated:
             with clock("evaluate"):
-                self._evaluate(local, number + 1)
-                self._latest = local.made
+                self._evaluate(figures, number + 1)
+                self._latest = figures.made
         log = RoundLog(
             round=number,
             cohort=len(cohort),
             dropped=len(cohort) - len(replying),
             refused=dict(refused),
-            metrics=_summaries(local.made) if evaluated else {},
-            gap_train=_gap(local.made, "train"),
-            gap_test=_gap(local.made, "test"),
+            metrics=_summaries(figures.made) if evaluated else {},
+            gap_train=_gap(figures.made, "train"),
+            gap_test=_gap(figures.made, "test"),
             rows=self._row_statistics(before, folded),
             bytes_up=bytes_up,
             bytes_down=bytes_down,
@@ -198,36 +204,36 @@ class Simulation:
         name = self._population.ids[place]
         return numpy_generator(self.seed, "dropout", number, name).random() < self.dropout
 
-    def _trainer(self, places: list[int], number: int) -> GroupTrainer:
-        return GroupTrainer(self._engine, self._population, places, self.seed, number)
+    def _task(self, places: list[int], number: int, message: Tensor) -> Task:
+        memory = {name: table[places] for name, table in self._memory.items()}
+        return Task(places, number, message, memory)
 
-    def _updates(
-        self, sent: Sent, working: list[int], trainer: GroupTrainer, done: Local
-    ) -> Updates:
-        lr = torch.full((len(working),), self.training.lr, dtype=torch.float64)
-        tickets = tuple(sent.tickets[p] for p in working)
-        return Updates(tickets, done.delta, trainer.n_examples, done.steps, lr, done.extra)
+    def _updates(self, tickets: tuple[Ticket, ...], done: Trained) -> Updates:
+        lr = torch.full((len(tickets),), self.training.lr, dtype=torch.float64)
+        local = done.local
+        return Updates(tickets, local.delta, done.n_examples, local.steps, lr, local.extra)
 
-    def _evaluate(self, arrays: _PerClientArrays, number: int) -> None:
+    def _evaluate(self, figures: _PerClientArrays, number: int) -> None:
         """Measure what every client would use now, and that after one local epoch."""
-        for places in self._population.groups(range(len(self.clients))):
-            trainer = self._trainer(places, number)
-            rows = self.personal([self._population.ids[i] for i in places], trainer)
-            arrays.put("merged", places, trainer.measure(rows))
-            tuned, _ = trainer.fit(rows, epochs=1, purpose="tuned")
-            arrays.put("tuned", places, trainer.measure(tuned))
+        groups = list(self._population.groups(range(len(self.clients))))
+        tasks = (self._unsent(places, number) for places in groups)
+        for places, found in zip(groups, self._executor.evaluate(tasks), strict=True):
+            for model, measured in found.items():
+                figures.put(model, places, measured)
 
-    def personal(self, ids: Sequence[str], trainer: GroupTrainer | None = None) -> Tensor:
+    def _unsent(self, places: list[int], number: int) -> Task:
+        """The task of clients that would be sent their models now."""
+        message = self.soup.message([self._population.ids[i] for i in places])
+        return self._task(places, number, message)
+
+    def personal(self, ids: Sequence[str]) -> Tensor:
         """(k, P): the model that each of the clients `ids` would use now."""
         place = {name: i for i, name in enumerate(self._population.ids)}
         unknown = [name for name in ids if name not in place]
         if unknown:
             raise ConfigError(f'there is no client "{unknown[0]}" in this simulation')
-        places = [place[name] for name in ids]
-        trainer = trainer or self._trainer(places, len(self.history) + 1)
-        memory = {name: table[places] for name, table in self._memory.items()}
-        message = self.soup.message(ids)
-        return self.algorithm.personal(self.soup.setup, message, memory, trainer)
+        task = self._unsent([place[name] for name in ids], len(self.history) + 1)
+        return self._side.personal(task)
 
     def _row_statistics(
         self, before: Tensor | None, folded: Sequence[str]
@@ -247,7 +253,7 @@ class Simulation:
     def _check_outputs(self) -> None:
         """One evaluation of one client shows a model that does not fit the data, in one line."""
         try:
-            self._trainer([0], 0).loss(self.soup.setup.initial(0)[None])
+            self._side.trainer([0], 0).loss(self.soup.setup.initial(0)[None])
         except (RuntimeError, IndexError, ValueError) as error:
             shape = tuple(self.clients[0].train.x.shape[1:])
             reason = str(error).splitlines()[0]
@@ -333,6 +339,17 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start
+
+    def over(self, phase: str, items: Iterator[T]) -> Iterator[T]:
+        """Charge the making of `items` to `phase`, but for what is charged elsewhere meanwhile."""
+        while True:
+            start, others = time.perf_counter(), sum(self.seconds.values())
+            item = next(items, None)
+            spent = time.perf_counter() - start
+            self.seconds[phase] += spent - (sum(self.seconds.values()) - others)
+            if item is None:
+                return
+            yield item
 
 
 class _PerClientArrays:
