@@ -169,8 +169,13 @@ OTHER: dict[str, object] = {
     "seed": 13,
     "evaluate_every": 2,
     "execution": "sequential",
+    "workers": 3,
     "threads": 2,
 }
+
+
+NAMED = ("setting", "method", "seed", "workers")
+"""Settings that `fedmerge compare` has no option for, or another one."""
 
 
 def options(values: dict[str, object]) -> list[str]:
@@ -223,7 +228,7 @@ def test_every_other_setting_is_an_option_of_compare(
 
     monkeypatch.setattr("fedmerge.compare.runner.Crew", NoCrew)
     monkeypatch.setattr("fedmerge.cli._check_cells", lambda cells: None)
-    own = {key: value for key, value in OTHER.items() if key not in ("setting", "method", "seed")}
+    own = {key: value for key, value in OTHER.items() if key not in NAMED}
     names = ("--settings", "domain,natural", "--methods", "fedavg", "--seeds", "3,5")
     result = call("compare", *names, "--out", tmp_path, "--workers", "2", *options(own))
     assert result.exit_code == 0, result.stderr
@@ -236,7 +241,8 @@ def test_every_other_setting_is_an_option_of_compare(
         "natural--fedavg--s5",
     ]
     for cell in cells:
-        named = {key: cell.config[key] for key in ("setting", "method", "seed")}
+        named = {key: cell.config[key] for key in NAMED}
+        assert named["workers"] is None  # --workers is that of the comparison itself
         assert {**own, **named} == cell.config
         assert cell.name == f"{named['setting']}--fedavg--s{named['seed']}"
 

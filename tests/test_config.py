@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ import torch
 from fedmerge.compare.folder import read_result, write_result
 from fedmerge.config import RunConfig, load_config
 from fedmerge.errors import ConfigError, StateError
+from fedmerge.sim.execute import EXECUTIONS
+from fedmerge.sim.processes import Processes
 
 TINY: dict[str, object] = {"clients": 4, "rounds": 2, "epochs": 1, "hidden": 4}
 
@@ -49,8 +51,13 @@ def test_defaults_are_those_of_the_evidence() -> None:
         "seed": 0,
         "evaluate_every": 1,
         "execution": "auto",
+        "workers": None,
         "threads": 1,
     }
+
+
+def test_the_executions_are_those_of_the_simulation() -> None:
+    assert get_args(RunConfig.model_fields["execution"].annotation) == EXECUTIONS
 
 
 def test_every_field_says_what_it_is() -> None:
@@ -76,7 +83,7 @@ def test_a_file_is_read_and_options_go_over_it(tmp_path: Path) -> None:
         ("rounds = = 3", "c.toml is not a TOML file: Invalid value"),
         (
             'execution = "fast"\nclip = 0',
-            'execution: got "fast", wanted one of auto, stacked, sequential',
+            'execution: got "fast", wanted one of auto, stacked, sequential, processes',
         ),
     ],
 )
@@ -113,6 +120,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
         ("seed", -1),
         ("evaluate_every", 0),
         ("threads", 0),
+        ("workers", 0),
         ("data", ""),
         ("method", ""),
     ],
@@ -200,7 +208,12 @@ def test_every_setting_arrives(name: str, base: dict[str, Any]) -> None:
         simulation = config.simulation(config.federation())
         assert simulation._side.engine.net is None
         config = load_config(None, {**TINY, "execution": "stacked"})
-        assert config.simulation(config.federation())._engine.net is not None
+        assert config.simulation(config.federation())._side.engine.net is not None
+    elif name == "workers":
+        config = load_config(None, {**TINY, "clients": 40, "execution": "processes", "workers": 2})
+        executor = config.simulation(config.federation())._executor
+        assert isinstance(executor, Processes)
+        assert executor.size == 2
     else:
         assert json.dumps(_outcome({name: CHANGED[name]})) != json.dumps(base)
 
@@ -215,6 +228,11 @@ def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"rounds":')
     with pytest.raises(StateError, match=r"config\.json is damaged"):
         load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+
+
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+    result = load_config(None, {**TINY, "workers": 1}).run(tmp_path)
+    assert load_config(None, {**TINY, "workers": 2}).run(tmp_path) == result
 
 
 def test_what_json_cannot_hold_is_written_as_null(tmp_path: Path) -> None:

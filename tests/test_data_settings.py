@@ -33,6 +33,7 @@ from fedmerge.data import (
     partition_dirichlet,
     partition_domain,
     partition_latent,
+    sample_images,
 )
 from fedmerge.data.partition import _top_up
 from fedmerge.data.shifts import DOMAINS
@@ -565,3 +566,17 @@ def test_the_guard_runs_on_made_clients(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(SOURCES, "broken", lambda: broken)
     with pytest.raises(DataError, match='client "c00", training split: 20 NaN'):
         make_federation("broken", "concept", 4, seed=0)
+
+
+def test_sample_images_are_those_of_each_kind_in_its_domain() -> None:
+    federation = make_federation("digits", "domain", 8, seed=0)
+    images = sample_images(federation, most=3)
+    assert set(images) == {"rot0", "rot90", "rot180", "invert"}
+    for kind, shown in images.items():
+        first = next(client for client in federation.clients if client.kind == kind)
+        assert len(shown) == 3
+        assert shown[0].shape == (8, 8)
+        np.testing.assert_allclose(shown[0], first.train.x[0, 0].numpy(), atol=1e-6)
+        assert min(one.min() for one in shown) == 0
+        assert max(one.max() for one in shown) == 1
+    assert sample_images(make_federation("gaussian", "cluster", 8, seed=0)) == {}

@@ -13,8 +13,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "fedmerge"
 LAYERS = (
-    ("errors", "rng", "params", "store"),
-    ("merging", "local", "stack"),
+    ("errors", "rng", "params", "store", "workers"),
+    ("merging", "local", "ops", "stack"),
     ("soup", "algorithms", "models", "data"),
     ("sim",),
     ("compare", "report"),

@@ -287,6 +287,80 @@ class Doubled(nn.ReLU):
         return 2 * super().forward(x)
 
 
+class Moody(nn.Module):
+    """Computes one thing in training and another in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(N_FEATURES, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y if self.training else 2 * y
+
+
+class Branching(Moody):
+    """Asks what the numbers are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y if y.sum() > 0 else -y
+
+
+class Averaging(Moody):
+    """A mean over a named axis, which may be that of the examples."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y - y.mean(self.axis, keepdim=True)
+
+
+class Bare(nn.Module):
+    """A parameter without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(N_FEATURES, N_CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Residual(nn.Module):
+    """Norms, dropout, a skip connection and functions: all that can be stacked at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift = nn.Linear(N_FEATURES, 8)
+        self.norm = nn.LayerNorm(8)
+        self.body = nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU(), nn.Dropout(0.3))
+        self.groups = nn.GroupNorm(2, 8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.lift(x))
+        h = h + self.body(self.norm(h)) * 0.5
+        return self.head(self.drop(functional.leaky_relu(self.groups(h), 0.1)))  # type: ignore[no-any-return]
+
+
+class Words(nn.Module):
+    """An embedding of whole numbers, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm((3, 4))
+        self.head = nn.Linear(4, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.table(x))).mean(1))  # type: ignore[no-any-return]
+
+
 def twice() -> nn.Module:
     shared = nn.Linear(N_FEATURES, N_FEATURES)
     return nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(N_FEATURES, N_CLASSES))
@@ -302,20 +376,67 @@ def half_frozen() -> nn.Module:
     ("model", "named"),
     [
         (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), r'layer "0" \(Conv2d\)'),
-        (lambda: nn.Sequential(L(5, 4), nn.Sequential(nn.Dropout())), r'layer "1\.0" \(Dropout\)'),
-        (lambda: nn.Sequential(L(5, 4), Doubled(), L(4, 3)), r'layer "1" \(Doubled\)'),
+        (lambda: nn.Sequential(L(5, 4), nn.Sequential(nn.RReLU())), r'layer "1\.0" \(RReLU\)'),
+        (Moody, "Moody, which computes something else when it is trained,"),
+        (Branching, "Branching, whose forward cannot be traced"),
+        (lambda: Averaging(0), r'"mean" \(mean\)'),
+        (lambda: nn.Sequential(L(5, 3), nn.Flatten(0)), r'layer "1" \(Flatten\)'),
+        (Bare, 'the parameter "weight", which is outside a known layer,'),
         (lambda: nn.Bilinear(5, 5, 3), "a module of class Bilinear"),
-        (twice, r'layer "2" \(Linear\)'),
-        (half_frozen, '"0" with a frozen bias'),
-        (norm_net, r'layer "1" \(BatchNorm1d\)'),
+        (twice, r'layer "0" \(Linear\), used twice,'),
+        (half_frozen, r'layer "0" \(Linear\) with a frozen or shared parameter'),
+        (norm_net, r'layer "1" \(BatchNorm1d\), which has buffers,'),
     ],
 )
 def test_what_cannot_be_stacked_is_named(model: Model, named: str) -> None:
     module = build(model, 0)
     layout = Layout.of(module)
-    with pytest.raises(ConfigError, match=f'execution = "stacked": {named} cannot be stacked'):
+    with pytest.raises(ConfigError, match=f'execution = "stacked": {named}.* cannot be stacked'):
         Engine(module, layout, BASE, "stacked")
     assert Engine(module, layout, BASE, "auto").net is None
+
+
+def channels() -> nn.Module:
+    """A group norm over positions, and layers without parameters."""
+    return nn.Sequential(
+        nn.Linear(N_FEATURES, 6), nn.Unflatten(1, (3, 2)), nn.GroupNorm(3, 3), nn.Flatten(),
+        nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, N_CLASSES),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Residual,
+        Words,
+        channels,
+        lambda: Averaging(1),
+        lambda: nn.Linear(N_FEATURES, N_CLASSES),
+        lambda: nn.Sequential(L(5, 4), Doubled(), L(4, 3)),
+        lambda: nn.Sequential(nn.LayerNorm(5), nn.Dropout(0.5), L(5, 4), nn.ReLU(True), L(4, 3)),
+        lambda: nn.Sequential(L(5, 6), nn.LayerNorm(6, bias=False), nn.SELU(), L(6, 3)),
+    ],
+)
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_whatever_can_be_stacked_trains_as_it_would_alone(model: Any, variant: str) -> None:
+    ends, scores = [], []
+    for execution in ("stacked", "sequential"):
+        module = build(model, 0).double()
+        layout = Layout.of(module)
+        rows = torch.stack([layout.row(build(model, j).double()) for j in range(len(KEYS))])
+        data = examples(dtype=torch.float64)
+        if model is Words:
+            x = (data.x[:, :3].abs() * 3).long().clamp_max(5)
+            data = Examples(x, data.y, data.start, data.count)
+        engine = Engine(module, layout, VARIANTS[variant], execution)
+        assert (engine.net is None) == (execution == "sequential")
+        end, _ = engine.fit(rows, data, KEYS, seed=3, epochs=3)
+        assert float((end - rows).abs().max()) > 1e-2
+        ends.append(end)
+        scores.append(engine.evaluate(end, data))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(scores[0][0], scores[1][0], rtol=1e-9, atol=1e-11)
+    assert torch.equal(scores[0][1], scores[1][1])
 
 
 def test_an_unknown_execution_is_refused() -> None:

@@ -197,7 +197,7 @@ def run(
 
 
 @app.command()
-@config_options("setting", "method", "seed")
+@config_options("setting", "method", "seed", "workers")
 def compare(
     settings: Annotated[str, typer.Option(metavar="A,B", help='settings, or "all"')],
     methods: Annotated[
@@ -213,7 +213,12 @@ def compare(
     **overrides: str,
 ) -> None:
     """Run every method in every setting with every seed; started again, it goes on."""
-    load_config(None, overrides)  # the options first: they are checked at once
+    shared = load_config(None, overrides)  # the options first: they are checked at once
+    if shared.execution == "processes":
+        raise ConfigError(
+            "--execution processes is for `fedmerge run`: a comparison runs its cells in --workers "
+            "processes already, which may not start others"
+        )
     done = total = 0
     try:
         from .compare import cells as parts
@@ -297,7 +302,7 @@ def data(
     """Show how a setting divides the data over the clients."""
     config = load_config(None, {**overrides, "setting": setting})
     from .compare.screen import print_clients
-    from .data import describe
+    from .data import describe, sample_images
 
     federation = config.federation()
     rows = describe(federation)
@@ -311,7 +316,7 @@ def data(
 
     counts = [LabelCounts(row.id, row.kind, row.label_counts.tolist()) for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
-    save(data_split(counts, federation.name), out)
+    save(data_split(counts, federation.name, images=sample_images(federation)), out)
     print(f"The picture is {out}")
 
 

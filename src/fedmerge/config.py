@@ -58,8 +58,11 @@ class RunConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="seed of every random draw")
     evaluate_every: int = Field(1, ge=1, description="rounds from one evaluation to the next")
-    execution: Literal["auto", "stacked", "sequential"] = Field(
-        "auto", description="how clients are trained: auto, stacked or sequential"
+    execution: Literal["auto", "stacked", "sequential", "processes"] = Field(
+        "auto", description="how clients are trained: auto, stacked, sequential or processes"
+    )
+    workers: int | None = Field(
+        None, ge=1, le=1024, description="worker processes, or none for one on each CPU"
     )
     threads: int = Field(1, ge=1, description="CPU threads of a process")
 
@@ -132,6 +135,7 @@ class RunConfig(BaseModel):
             seed=self.seed,
             evaluate_every=self.evaluate_every,
             execution=self.execution,
+            workers=self.workers,
             checkpoint=checkpoint,
             checkpoint_seconds=checkpoint_seconds,
         )

@@ -43,6 +43,10 @@ class MissingExtraError(FedmergeError, ImportError):
         super().__init__(f'this needs the extra "{extra}": pip install "fedmerge[{extra}]"')
         self.extra = extra
 
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str]]:
+        # By default an exception is made again from its text.
+        return type(self), (self.extra,)
+
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ``'; did you mean "x"?'`` for the nearest of `choices`, or the list of them."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import ConfigError, ModelError
+from .ops import Batch
 from .params import Layout
-from .rng import derive, numpy_generator
+from .rng import derive, numpy_generator, torch_generator
 from .stack import StackedNet
 
 Index = npt.NDArray[np.int64]
@@ -215,9 +216,14 @@ class Engine:
         return functional.mse_loss(output, y)
 
     def _forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            # Images with their channels last: a fifth faster through convolutions on a CPU.
+            x = x.contiguous(memory_format=torch.channels_last)
         try:
             output: Tensor = self._module(x)
         except ValueError as error:
+            if "more than 1 value" not in str(error):
+                raise
             # BatchNorm has no variance of one example.
             raise ModelError(
                 f"the model cannot be trained on a batch of {len(x)}: {error}; use another batch "
@@ -274,7 +280,7 @@ class Engine:
         loss, right = 0.0, 0.0
         for first in range(start, stop, EVALUATION_BATCH):
             last = min(first + EVALUATION_BATCH, stop)
-            output, y = self._module(examples.x[first:last]), examples.y[first:last]
+            output, y = self._forward(examples.x[first:last]), examples.y[first:last]
             loss += self._criterion(output, y).item() * (last - first)
             if self.training.loss == "cross-entropy":
                 right += (output.argmax(-1) == y).sum().item()
@@ -306,14 +312,18 @@ class Engine:
         index, weight = _plan(examples, keys, order, seed, epochs, self.training.batch_size)
         share = weight.to(rows.dtype)
         active = (steps[order][None, :] > np.arange(index.shape[1])[:, None]).sum(1)
-        width = (weight > 0).sum(2).amax(0)
+        real = (weight > 0).sum(2)
+        width = real.amax(0).tolist()
+        names = (keys[i] for i in order) if self.net.draws else ()
+        draws = [torch_generator(seed, *key, "layers") for key in names]
         for t in range(index.shape[1]):
-            k, b = int(active[t]), int(width[t])
-            batch = index[:k, t, :b]
+            k, b = int(active[t]), width[t]
+            at_step = index[:k, t, :b]
+            batch = Batch(work[:k], draws, real[:k, t].tolist() if draws else ())
             self.net.gradient(
-                work[:k],
-                examples.x[batch],
-                examples.y[batch],
+                batch,
+                examples.x[at_step],
+                examples.y[at_step],
                 share[:k, t, :b],
                 gradient[:k],
                 self.training.loss,

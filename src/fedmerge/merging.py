@@ -10,7 +10,7 @@ needs, since <delta_i, models_j - merged_i> = scores_ij - sum_j weights_ij score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +22,9 @@ from .params import Layout
 from .rng import numpy_generator
 
 Segments = Sequence[tuple[int, int, int]]
+
+COLUMNS = 4096
+"""Columns worked on at a time."""
 
 FLOOR = 1e-6
 """Least weight that a row's step starts from, so that an unused model can come back."""
@@ -59,7 +62,7 @@ def merge_weighted(models: Tensor, weights: Tensor, segments: Segments | None = 
         )
     weights = weights.to(models.dtype)
     if weights.ndim == 2 or weights.shape[1] == 1:
-        return weights.reshape(-1, models.shape[0]) @ models
+        weights, segments = weights.reshape(-1, 1, models.shape[0]), ((0, models.shape[1], 0),)
     if segments is None:
         raise ModelError("rows with blocks need segments: pass segments=layout.segments")
     if max(block for _, _, block in segments) >= weights.shape[1]:
@@ -70,17 +73,27 @@ def merge_weighted(models: Tensor, weights: Tensor, segments: Segments | None = 
             f"segments cover {covered} of {models.shape[1]} columns; pass segments=layout.segments"
         )
     merged = models.new_empty(len(weights), models.shape[1])
-    for start, stop, block in segments:
+    for start, stop, block in _chunks(segments):
         merged[:, start:stop] = weights[:, block] @ models[:, start:stop]
     return merged
+
+
+def _chunks(segments: Segments) -> Iterator[tuple[int, int, int]]:
+    """The segments in pieces of so few columns that a piece of all matrices stays in cache."""
+    for start, stop, block in segments:
+        for first in range(start, stop, COLUMNS):
+            yield first, min(first + COLUMNS, stop), block
 
 
 def block_scores(delta: Tensor, models: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     """<delta_i, models_j> over each block of columns: (k, P), (d, P) to (k, b, d), float64."""
     # In float64: an overflow would turn one client's huge update into NaN rows, and those into NaN
     # models for all.
-    parts = [delta[:, s:e].double() @ models[:, s:e].double().T for s, e in spans]
-    return torch.stack(parts, dim=1)
+    scores = torch.zeros(len(delta), len(spans), len(models), dtype=torch.float64)
+    segments = [(start, stop, block) for block, (start, stop) in enumerate(spans)]
+    for start, stop, block in _chunks(segments):
+        scores[:, block] += delta[:, start:stop].double() @ models[:, start:stop].double().T
+    return scores
 
 
 def row_gradient(weights: Tensor, scores: Tensor) -> Tensor:
@@ -200,32 +213,32 @@ class ModelSum:
 
     def add(self, coef: Tensor, delta: Tensor) -> None:
         """Add clients: coef (k, b, d) or (k, 1, d) float64, not negative; delta (k, P)."""
-        wide = delta.double()
         coef = coef.expand(-1, len(self.mass), -1)
-        for start, stop, block in self.segments:
-            self.total[:, start:stop].addmm_(coef[:, block].T, wide[:, start:stop])
+        for start, stop, block in _chunks(self.segments):
+            self.total[:, start:stop].addmm_(coef[:, block].T, delta[:, start:stop].double())
         self.mass += coef.sum(0)
         if len(self.counters):
-            self.counters = torch.maximum(self.counters, wide[:, -len(self.counters) :].amax(0))
+            last = delta[:, -len(self.counters) :].double()
+            self.counters = torch.maximum(self.counters, last.amax(0))
 
     def step(self, models: Tensor) -> Tensor:
         """Return models (d, P) moved by minus the weighted mean of delta; unused models stay.
 
         Buffers become the weighted mean of the clients' end values, counters their largest value.
         """
-        mass = torch.empty_like(self.total)
-        for start, stop, block in self.segments:
-            mass[:, start:stop] = self.mass[block][:, None]
-        used = mass > 0
-        mean = self.total / torch.where(used, mass, 1.0)
-        moved = models.to(torch.float64, copy=True)
-        moved[:, : self.n_params] -= mean[:, : self.n_params]
-        tail = slice(self.n_params, None)
-        moved[:, tail] = torch.where(used[:, tail], mean[:, tail], moved[:, tail])
+        moved = torch.empty_like(models, memory_format=torch.contiguous_format)
+        for start, stop, block in _chunks(self.segments):
+            mass = self.mass[block][:, None]
+            mean = self.total[:, start:stop] / torch.where(mass > 0, mass, 1.0)
+            own = models[:, start:stop].double()
+            values = torch.where(mass > 0, mean, own)
+            n = max(0, min(stop, self.n_params) - start)  # of these columns, parameters
+            values[:, :n] = own[:, :n] - mean[:, :n]
+            moved[:, start:stop] = values.to(models.dtype)
         if len(self.counters):
-            own = moved[:, -len(self.counters) :]
-            moved[:, -len(self.counters) :] = torch.maximum(own, self.counters)
-        return moved.to(models.dtype)
+            own = models[:, -len(self.counters) :].double()
+            moved[:, -len(self.counters) :] = torch.maximum(own, self.counters).to(models.dtype)
+        return moved
 
 
 @dataclass(frozen=True)

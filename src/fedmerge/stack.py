@@ -1,207 +1,260 @@
-"""A network of dense layers computed for many clients at once, each with weights of its own.
+"""A network computed for many clients at once, each with weights of its own.
 
-Forward and backward are written by hand over rows (k, P): one batched product serves all clients of
-a layer. Only chains of the layers listed in `_PARTS` can be stacked; others train one by one.
+The module is traced into a graph of the operations in `ops`. A module with anything else in it
+cannot be stacked, and it is named; such a one is trained one client after another.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from .ops import Affine, Batch, Dense, Drop, Free, Lookup, Op, Rectify
 from .params import Layout
 
-
-class _Part(Protocol):
-    def forward(self, rows: Tensor, x: Tensor) -> tuple[Tensor, object]:
-        """Rows (k, P) and inputs (k, B, *features) to outputs, and what `backward` needs."""
-
-    def backward(
-        self, rows: Tensor, kept: object, grad: Tensor, out: Tensor, need_input: bool
-    ) -> Tensor | None:
-        """Write the parameters' gradient into out (k, P); return the gradient of the input."""
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """y = x W^T + b with W (k, out, in) and b (k, out) seen inside the rows."""
-
-    weight: tuple[int, int]
-    bias: tuple[int, int] | None
-    n_in: int
-    n_out: int
-
-    def _weight(self, rows: Tensor) -> Tensor:
-        start, stop = self.weight
-        return rows[:, start:stop].view(len(rows), self.n_out, self.n_in)
-
-    def forward(self, rows: Tensor, x: Tensor) -> tuple[Tensor, object]:
-        shape = x.shape
-        x = x.reshape(shape[0], -1, self.n_in)
-        weight = self._weight(rows).transpose(1, 2)
-        if self.bias is None:
-            y = torch.bmm(x, weight)
-        else:
-            y = torch.baddbmm(rows[:, slice(*self.bias)].unsqueeze(1), x, weight)
-        return y.view(*shape[:-1], self.n_out), x
-
-    def backward(
-        self, rows: Tensor, kept: object, grad: Tensor, out: Tensor, need_input: bool
-    ) -> Tensor | None:
-        x = kept
-        if not isinstance(x, Tensor):
-            raise TypeError("dense layers keep their input")
-        shape = grad.shape
-        grad = grad.reshape(shape[0], -1, self.n_out)
-        start, stop = self.weight
-        torch.bmm(
-            grad.transpose(1, 2), x, out=out[:, start:stop].view(len(out), self.n_out, self.n_in)
-        )
-        if self.bias is not None:
-            torch.sum(grad, dim=1, out=out[:, slice(*self.bias)])
-        if not need_input:
-            return None
-        return torch.bmm(grad, self._weight(rows)).view(*shape[:-1], self.n_in)
+ELEMENTWISE_LAYERS = (
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU,
+    nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
+    nn.Softsign, nn.Tanh,
+)  # fmt: skip
+ELEMENTWISE_FUNCTIONS = frozenset(
+    {
+        torch.abs, torch.add, torch.cos, torch.div, torch.exp, torch.mul, torch.neg, torch.relu,
+        torch.sigmoid, torch.sin, torch.square, torch.sub, torch.tanh,
+        operator.add, operator.mul, operator.neg, operator.sub, operator.truediv,
+        functional.celu, functional.elu, functional.gelu, functional.hardswish,
+        functional.hardtanh, functional.leaky_relu, functional.mish, functional.relu,
+        functional.relu6, functional.selu, functional.sigmoid, functional.silu,
+        functional.softplus, functional.softsign, functional.tanh,
+    }
+)  # fmt: skip
+ELEMENTWISE_METHODS = frozenset({"abs", "exp", "neg", "relu", "sigmoid", "square", "tanh"})
 
 
 @dataclass(frozen=True)
-class _Pointwise:
-    """An activation; `slope(x, y)` is its derivative, from its input and output."""
+class Node:
+    """An operation and the values it takes: their numbers, 0 being the network's input."""
 
-    apply: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
-
-    def forward(self, rows: Tensor, x: Tensor) -> tuple[Tensor, object]:
-        y = self.apply(x)
-        return y, (x, y)
-
-    def backward(
-        self, rows: Tensor, kept: object, grad: Tensor, out: Tensor, need_input: bool
-    ) -> Tensor | None:
-        if not isinstance(kept, tuple):
-            raise TypeError("activations keep their input and output")
-        return grad * self.slope(*kept) if need_input else None
-
-
-@dataclass(frozen=True)
-class _Flatten:
-    """All features of an example in one axis."""
-
-    def forward(self, rows: Tensor, x: Tensor) -> tuple[Tensor, object]:
-        return x.flatten(2), x.shape
-
-    def backward(
-        self, rows: Tensor, kept: object, grad: Tensor, out: Tensor, need_input: bool
-    ) -> Tensor | None:
-        if not isinstance(kept, torch.Size):
-            raise TypeError("flatten keeps a shape")
-        return grad.view(kept) if need_input else None
-
-
-def _gelu_slope(x: Tensor, y: Tensor) -> Tensor:
-    normal = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    return normal + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-def _silu_slope(x: Tensor, y: Tensor) -> Tensor:
-    gate = torch.sigmoid(x)
-    return gate * (1 + x * (1 - gate))
-
-
-def _activation(module: nn.Module) -> _Pointwise | None:
-    # The exact class: a subclass may compute something else.
-    if type(module) is nn.ReLU:
-        return _Pointwise(torch.relu, lambda x, y: y > 0)
-    if type(module) is nn.Tanh:
-        return _Pointwise(torch.tanh, lambda x, y: 1 - y * y)
-    if type(module) is nn.Sigmoid:
-        return _Pointwise(torch.sigmoid, lambda x, y: y * (1 - y))
-    if type(module) is nn.GELU and module.approximate == "none":
-        return _Pointwise(functional.gelu, _gelu_slope)
-    if type(module) is nn.SiLU:
-        return _Pointwise(functional.silu, _silu_slope)
-    return None
+    op: Op
+    inputs: tuple[int, ...]
+    needed: bool  # whether a gradient of its inputs is of use to a layer before it
 
 
 @dataclass(frozen=True)
 class StackedNet:
-    """A chain of parts that reads its parameters from rows (k, P)."""
+    """A graph of operations that reads its parameters from rows (k, P)."""
 
-    parts: tuple[_Part, ...]
+    nodes: tuple[Node, ...]
+    draws: bool  # whether training draws random numbers
 
     @classmethod
     def of(cls, module: nn.Module, layout: Layout) -> StackedNet | str:
-        """Translate `module`, or say in words which layer of it cannot be stacked."""
-        places = {e.name: (e.start, e.stop) for e in layout.entries}
-        parts: list[_Part] = []
-        for name, layer in _chain(module, ""):
-            prefix = f"{name}." if name else ""
-            if type(layer) is nn.Identity:
-                continue
-            if type(layer) is nn.Linear and f"{prefix}weight" in places:
-                bias = places.get(f"{prefix}bias")
-                if (bias is None) != (layer.bias is None):
-                    return f'"{name}" with a frozen bias'
-                parts.append(
-                    _Dense(places[f"{prefix}weight"], bias, layer.in_features, layer.out_features)
-                )
-            elif type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
-                parts.append(_Flatten())
-            elif (activation := _activation(layer)) is not None:
-                parts.append(activation)
-            else:
-                kind = type(layer).__name__
-                return f'layer "{name}" ({kind})' if name else f"a module of class {kind}"
-        if not parts or not all(e.kind == "parameter" for e in layout.entries):
-            return "a module with buffers or without layers"
-        return cls(tuple(parts))
+        """Translate `module`, or say in words what in it cannot be stacked."""
+        for entry in layout.entries:
+            if entry.kind != "parameter":
+                owner = entry.name.rpartition(".")[0]
+                kind = type(module.get_submodule(owner)).__name__
+                return f'layer "{owner}" ({kind}), which has buffers,'
+        was = module.training
+        try:
+            # Inside a Sequential, so that a module which is one layer is seen as a layer.
+            graphs = [
+                fx.symbolic_trace(nn.Sequential(module.train(on))).graph for on in (True, False)
+            ]
+        except Exception as error:
+            # Tracing runs the caller's own forward; whatever it raises, one by one still works.
+            return f"{type(module).__name__}, whose forward cannot be traced ({error})"
+        finally:
+            module.train(was)
+        if str(graphs[0]) != str(graphs[1]):
+            return f"{type(module).__name__}, which computes something else when it is trained,"
+        return _Translation(module, layout).run(graphs[0])
 
     def forward(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Outputs (k, B, outputs) for inputs x (k, B, *features)."""
-        for part in self.parts:
-            x, _ = part.forward(rows, x)
-        return x
+        """Outputs (k, B, outputs) for inputs x (k, B, *features), in evaluation mode."""
+        values = [x]
+        batch = Batch(rows)
+        for node in self.nodes:
+            values.append(node.op.forward(batch, *[values[i] for i in node.inputs])[0])
+        return values[-1]
 
     def gradient(
-        self, rows: Tensor, x: Tensor, y: Tensor, share: Tensor, out: Tensor, loss: str
+        self, batch: Batch, x: Tensor, y: Tensor, share: Tensor, out: Tensor, loss: str
     ) -> None:
         """Write the gradient of sum_b share_b loss_b of each client into out (k, P).
 
         Args:
-            rows: (k, P). x: (k, B, *features). y: (k, B) classes or (k, B, t) targets.
+            x: (k, B, *features). y: (k, B) classes or (k, B, t) targets.
             share: (k, B), each example's share of the mean; 0 for a padded place.
         """
-        kept: list[object] = []
-        for part in self.parts:
-            x, keep = part.forward(rows, x)
+        values, kept = [x], []
+        for node in self.nodes:
+            value, keep = node.op.forward(batch, *[values[i] for i in node.inputs])
+            values.append(value)
             kept.append(keep)
-        if loss == "cross-entropy":
-            grad = torch.softmax(x, dim=-1)
-            grad.scatter_add_(2, y.unsqueeze(2), grad.new_full((1, 1, 1), -1.0).expand(*y.shape, 1))
-            grad *= share.unsqueeze(2)
+        grads: list[Tensor | None] = [None] * len(values)
+        grads[-1] = _loss_gradient(values[-1], y, share, loss)
+        for place in range(len(self.nodes) - 1, -1, -1):
+            node, grad = self.nodes[place], grads[place + 1]
+            if grad is None:
+                continue
+            grads[place + 1] = None
+            passed = node.op.backward(batch, kept[place], grad, out, node.needed)
+            for source, part in zip(node.inputs, passed, strict=True):
+                if part is not None:
+                    earlier = grads[source]
+                    grads[source] = part if earlier is None else earlier + part
+
+
+def _loss_gradient(output: Tensor, y: Tensor, share: Tensor, loss: str) -> Tensor:
+    if loss == "mse":
+        return (output - y) * (share.unsqueeze(2) * (2.0 / y.shape[2]))
+    grad = torch.softmax(output, dim=-1)
+    minus = grad.new_full((1, 1, 1), -1.0).expand(*y.shape, 1)
+    return grad.scatter_add_(2, y.unsqueeze(2), minus).mul_(share.unsqueeze(2))
+
+
+class _Translation:
+    """From a traced graph to nodes; `run` returns the reason where there is no way."""
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.module = module
+        self.places = {e.name: slice(e.start, e.stop) for e in layout.entries}
+        self.nodes: list[Node] = []
+        self.learned: list[bool] = [False]  # by value: does it depend on a parameter?
+        self.called: set[str] = set()
+        self.used: set[str] = set()
+
+    def run(self, graph: fx.Graph) -> StackedNet | str:
+        number: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if number:
+                    return "a module with several inputs"
+                number[node] = 0
+            elif node.op == "output":
+                if node.args[0] not in number or number[node.args[0]] != len(self.nodes):
+                    return "a module whose output is not one tensor"
+            else:
+                reason = self._add(node, number)
+                if reason is not None:
+                    return reason
+                number[node] = len(self.nodes)
+        if self.used != set(self.places):
+            missing = sorted(set(self.places) - self.used)[0]
+            return f'a module that does not use "{missing}"'
+        return StackedNet(tuple(self.nodes), any(isinstance(n.op, Drop) for n in self.nodes))
+
+    def _add(self, node: fx.Node, number: dict[fx.Node, int]) -> str | None:
+        inputs = tuple(number[n] for n in node.all_input_nodes if n in number)
+        if node.op == "call_module":
+            return self._layer(str(node.target).partition(".")[2], inputs)
+        target: Any = node.target
+        if node.op == "get_attr":
+            return f'the parameter "{target.partition(".")[2]}", which is outside a known layer,'
+        known = (node.op == "call_function" and target in ELEMENTWISE_FUNCTIONS) or (
+            node.op == "call_method" and target in ELEMENTWISE_METHODS
+        )
+        if not (known or _keeps_examples(node)):
+            return f'"{node.name}" ({getattr(target, "__name__", target)})'
+        self._put(Free(_bound(node)), inputs)
+        return None
+
+    def _put(self, op: Op, inputs: tuple[int, ...], *, learns: bool = False) -> None:
+        before = any(self.learned[i] for i in inputs)
+        if isinstance(op, Free):
+            op = replace(op, needed=before)
+        self.nodes.append(Node(op, inputs, before))
+        self.learned.append(before or learns)
+
+    def _own(self, name: str) -> slice:
+        self.used.add(name)
+        return self.places[name]
+
+    def _layer(self, name: str, inputs: tuple[int, ...]) -> str | None:
+        layer = self.module.get_submodule(name)
+        kind = type(layer).__name__
+        named = f'layer "{name}" ({kind})' if name else f"a module of class {kind}"
+        prefix = f"{name}." if name else ""
+        own = {leaf for leaf, _ in layer.named_parameters()}
+        if own and name in self.called:
+            return f"{named}, used twice,"
+        self.called.add(name)
+        if any(f"{prefix}{leaf}" not in self.places for leaf in own):
+            return f"{named} with a frozen or shared parameter"
+        bias = f"{prefix}bias" if "bias" in own else None
+        if type(layer) is nn.Linear:
+            part = None if bias is None else self._own(bias)
+            weight = self._own(f"{prefix}weight")
+            self._put(
+                Dense(weight, part, layer.in_features, layer.out_features), inputs, learns=True
+            )
+        elif type(layer) is nn.Embedding and layer.max_norm is None and layer.padding_idx is None:
+            weight = self._own(f"{prefix}weight")
+            self._put(
+                Lookup(weight, layer.num_embeddings, layer.embedding_dim), inputs, learns=True
+            )
+        elif type(layer) in (nn.LayerNorm, nn.GroupNorm):
+            plain: Any = copy.deepcopy(layer)
+            shape = tuple(plain.weight.shape) if "weight" in own else ()
+            plain.weight = plain.bias = None
+            self._put(Free(plain), inputs)
+            if own:
+                part = None if bias is None else self._own(bias)
+                affine = Affine(
+                    self._own(f"{prefix}weight"), part, shape, type(layer) is nn.GroupNorm
+                )
+                self._put(affine, (len(self.nodes),), learns=True)
+        elif type(layer) is nn.Dropout:
+            self._put(Drop(layer.p), inputs)
+        elif type(layer) is nn.ReLU:
+            self._put(Rectify(), inputs)
+        elif (
+            type(layer) in (*ELEMENTWISE_LAYERS, nn.Identity)
+            or (type(layer) is nn.Flatten and layer.start_dim >= 1)
+            or (type(layer) is nn.Unflatten and isinstance(layer.dim, int) and layer.dim >= 1)
+        ):
+            plain = copy.deepcopy(layer)
+            if hasattr(plain, "inplace"):
+                plain.inplace = False
+            self._put(Free(plain), inputs)
         else:
-            grad = (x - y) * (share.unsqueeze(2) * (2.0 / y.shape[2]))
-        for place in range(len(self.parts) - 1, -1, -1):
-            passed = self.parts[place].backward(rows, kept[place], grad, out, place > 0)
-            if passed is not None:
-                grad = passed
+            return named
+        return None
 
 
-def _chain(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """The layers of nested nn.Sequential in order; any other module as it is."""
-    if type(module) is not nn.Sequential:
-        return [(name, module)]
-    prefix = f"{name}." if name else ""
-    # Not named_children(): it names a layer that is used twice only once.
-    return [
-        pair
-        for child, part in module._modules.items()
-        if part is not None
-        for pair in _chain(part, prefix + child)
-    ]
+def _keeps_examples(node: fx.Node) -> bool:
+    """Flattening or averaging axes that are named and are not the examples' own (0)."""
+    if node.target in (torch.flatten, "flatten"):
+        start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+        return isinstance(start, int) and start >= 1
+    if node.target in (torch.mean, "mean", torch.sum, "sum"):
+        axes: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        axes = axes if isinstance(axes, Sequence) else [axes]
+        return all(isinstance(axis, int) and axis >= 1 for axis in axes)
+    return False
+
+
+def _bound(node: fx.Node) -> Callable[..., Tensor]:
+    """The function of `node`, taking only its inputs; its constants are filled in."""
+    places = {n: i for i, n in enumerate(node.all_input_nodes)}
+
+    def apply(*inputs: Tensor) -> Tensor:
+        def fill(value: Any) -> Any:
+            return inputs[places[value]] if isinstance(value, fx.Node) else value
+
+        args = [fill(value) for value in node.args]
+        kwargs = {key: fill(value) for key, value in node.kwargs.items() if key != "inplace"}
+        target: Any = node.target
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)  # type: ignore[no-any-return]
+        return target(*args, **kwargs)  # type: ignore[no-any-return]
+
+    return apply

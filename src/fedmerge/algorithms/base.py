@@ -31,7 +31,7 @@ class Setup:
 
     Attributes:
         layout: of the rows.
-        initial: initial(j) is the j-th independent random initialisation (P,).
+        initial: initial(j) is the j-th independent random initialisation (P,); at the server only.
         seed: of the run.
     """
 

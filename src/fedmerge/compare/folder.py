@@ -19,6 +19,8 @@ CONFIG = "config.json"
 LOG = "log.jsonl"
 RESULT = "result.json"
 CHECKPOINT = "checkpoint"
+FREE = {"workers"}
+"""Settings that no result depends on: a run may go on with others."""
 
 
 def check_writable(folder: Path) -> None:
@@ -51,7 +53,7 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
         return
     differing = [
         f"{key} is {_show(stored, key)} there and {_show(config, key)} here"
-        for key in sorted({*stored, *config})
+        for key in sorted({*stored, *config} - FREE)
         if (key in stored, stored.get(key)) != (key in config, config.get(key))
     ]
     if differing:

@@ -10,6 +10,7 @@ from fedmerge.data.clients import (
     Split,
     check_federation,
     describe,
+    sample_images,
 )
 from fedmerge.data.files import load_csv, load_npz_folder
 from fedmerge.data.partition import partition_cluster, partition_dirichlet
@@ -42,4 +43,5 @@ __all__ = [
     "partition_dirichlet",
     "partition_domain",
     "partition_latent",
+    "sample_images",
 ]

@@ -96,6 +96,23 @@ def describe(federation: Federation) -> list[ClientRow]:
     return rows
 
 
+def sample_images(federation: Federation, most: int = 6) -> dict[str, list[NDArray[np.float64]]]:
+    """Return some training images of each kind of client, from its first client.
+
+    Arrays (height, width) or (height, width, 3) in 0..1; nothing where inputs are no images.
+    """
+    if len(federation.input_shape) != 3 or federation.input_shape[0] not in (1, 3):
+        return {}
+    images: dict[str, list[NDArray[np.float64]]] = {}
+    for client in federation.clients:
+        if (client.kind or "") not in images:
+            x = client.train.x[:most].double().permute(0, 2, 3, 1)
+            spread = float(x.max() - x.min()) or 1.0
+            scaled = (x - x.min()) / spread
+            images[client.kind or ""] = [np.asarray(one.squeeze(-1)) for one in scaled]
+    return images
+
+
 def check_federation(federation: Federation) -> None:
     """Raise DataError, in one line, for the first thing that makes `federation` unusable.
 

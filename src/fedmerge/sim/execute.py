@@ -5,19 +5,26 @@ Methods decide what is trained; the loop over rounds decides who takes part.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algorithms import Algorithm, Local, Setup, Tensors
 from ..data.clients import Client
-from ..local import Engine, Examples, Proximal
+from ..errors import ConfigError
+from ..local import Engine, Examples, Proximal, Training
+from ..params import Layout
 from .log import SPLITS, Measured
 
+EXECUTIONS = ("auto", "stacked", "sequential", "processes")
+"""Ways of having clients' work done: here with one of the `Engine`'s, or in other processes."""
 GROUP = 16
 """Clients in a stack: more of them no longer fit a core's cache."""
 
@@ -44,11 +51,16 @@ class Population:
         return cls(tuple(c.id for c in clients), splits)
 
     def groups(self, places: Sequence[int]) -> Iterator[list[int]]:
-        """Divide clients into groups of similar size, the same whatever order they come in."""
+        """Divide clients into groups of similar size, the same whatever order they come in.
+
+        All groups have the same number of clients, or one less: workers share them evenly.
+        """
         count = self.splits["train"].count
         ordered = sorted(places, key=lambda i: (-count[i], self.ids[i]))
-        for first in range(0, len(ordered), GROUP):
-            yield ordered[first : first + GROUP]
+        n_groups = -(-len(ordered) // GROUP)
+        bounds = [len(ordered) * i // n_groups for i in range(n_groups + 1)]
+        for first, last in pairwise(bounds):
+            yield ordered[first:last]
 
 
 @dataclass(frozen=True)
@@ -126,13 +138,24 @@ class Trained:
 
 @dataclass(frozen=True)
 class ClientSide:
-    """All that happens at clients; the same value does it in this process or in another."""
+    """All that happens at clients; the same value does it in this process or in another.
+
+    Attributes:
+        module: the architecture; its values are not used. execution: of the `Engine`.
+    """
 
     algorithm: Algorithm
     setup: Setup
-    engine: Engine
+    module: nn.Module
+    training: Training
     population: Population
     seed: int
+    execution: str = "auto"
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Trains and evaluates; made where it is used, since it cannot be sent."""
+        return Engine(self.module, self.setup.layout, self.training, self.execution)
 
     def trainer(self, places: list[int], number: int) -> GroupTrainer:
         """Local training of the clients at `places` in round `number`."""
@@ -158,8 +181,71 @@ class ClientSide:
         return {"merged": trainer.measure(rows), "tuned": trainer.measure(tuned)}
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """A `ClientSide` on its way to another process.
+
+    What only the server needs stays behind: `Setup.initial` makes models there.
+    """
+
+    algorithm: bytes
+    module: bytes
+    layout: Layout
+    training: Training
+    population: Population
+    seed: int
+    execution: str
+
+    @classmethod
+    def of(cls, side: ClientSide, execution: str) -> Parcel:
+        """Pack `side`.
+
+        Args:
+            execution: as named to the user.
+
+        Raises:
+            ConfigError: a method or a module that cannot be pickled; it is named.
+        """
+        return cls(
+            _pickled("method", side.algorithm, execution),
+            _pickled("model", side.module, execution),
+            side.setup.layout,
+            side.training,
+            side.population,
+            side.seed,
+            side.execution,
+        )
+
+    def open(self) -> ClientSide:
+        """The same client side, in the process that received it."""
+        algorithm, module = pickle.loads(self.algorithm), pickle.loads(self.module)
+        setup = Setup(self.layout, _no_initial, self.seed)
+        return ClientSide(
+            algorithm, setup, module, self.training, self.population, self.seed, self.execution
+        )
+
+
+def _pickled(name: str, value: object, execution: str) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # objects raise what they like when they are pickled
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f'execution = "{execution}": the {name} ({type(value).__name__}) cannot be sent to '
+            f"another process: {reason}; use functions and classes of a module's top level in it, "
+            'or execution "stacked" or "sequential"'
+        ) from error
+
+
+def _no_initial(index: int) -> Tensor:
+    raise RuntimeError("initial models are made at the server, not at clients")
+
+
 class Executor(Protocol):
-    """Has the clients' tasks done; results come in the order of the tasks."""
+    """Has the clients' tasks done; results come in the order of the tasks.
+
+    What no server gets may be missing from them: `Local.own`.
+    """
 
     def train(self, tasks: Iterable[Task], *, measured: bool) -> Iterator[Trained]:
         """See `ClientSide.train`."""

@@ -7,10 +7,11 @@ A round is send, local training, fold, commit, evaluate. It moves no bytes over 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +21,15 @@ from torch import Tensor
 
 from ..algorithms import Algorithm, Tensors, Ticket, Updates
 from ..data.clients import Client, Federation, check_federation
-from ..errors import ConfigError, ModelError, StateError
-from ..local import Engine, Training
+from ..errors import ConfigError, ModelError, StateError, did_you_mean
+from ..local import Training
 from ..params import Blocks, ModelSource, build
 from ..rng import numpy_generator
 from ..soup import Soup
 from ..store import has_state, load_state, save_state
-from .execute import ClientSide, Executor, InProcess, Population, Task, Trained
+from .execute import EXECUTIONS, ClientSide, Executor, InProcess, Population, Task, Trained
 from .log import SPLITS, Array, Measured, RoundLog
+from .processes import Processes
 from .results import MODELS, summarise_run
 
 T = TypeVar("T")
@@ -48,7 +50,9 @@ class Simulation:
         dropout: chance that a client of the cohort never replies.
         seed: of every draw: cohorts, batches, initial models.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
-        execution: "auto", "stacked" or "sequential" (`Engine`).
+        execution: "auto", "stacked" or "sequential" (`Engine`), in this process; "processes" for
+            worker processes, each doing as "auto" does.
+        workers: number of worker processes; None for one on each CPU.
         blocks: the blocks of layers that have a row of merging weights each (`Layout.of`).
         checkpoint: folder to save to and to resume from; None for none.
         checkpoint_seconds: least time between saves; the end and an interruption always save.
@@ -71,6 +75,7 @@ class Simulation:
         seed: int = 0,
         evaluate_every: int = 1,
         execution: str = "auto",
+        workers: int | None = None,
         blocks: Blocks = "layer",
         checkpoint: Path | str | None = None,
         checkpoint_seconds: float = 30.0,
@@ -80,9 +85,12 @@ class Simulation:
             ("participation", 0 < participation <= 1, participation, "more than 0, at most 1"),
             ("dropout", 0 <= dropout < 1, dropout, "0 or more and less than 1"),
             ("evaluate_every", evaluate_every >= 1, evaluate_every, "1 or more"),
+            ("workers", workers is None or workers >= 1, workers, "1 or more, or None"),
         ):
             if not good:
                 raise ConfigError(f"{name} = {value}: wanted {wanted}")
+        if execution not in EXECUTIONS:
+            raise ConfigError(f'execution = "{execution}"{did_you_mean(execution, EXECUTIONS)}')
         federation = clients if isinstance(clients, Federation) else _federation(clients)
         check_federation(federation)
         self.clients = federation.clients
@@ -95,9 +103,18 @@ class Simulation:
         self.soup = Soup(self.algorithm, model, seed=seed, blocks=blocks)
         self.history: list[RoundLog] = []
         self._population = Population.of(self.clients)
-        engine = Engine(build(model, seed), self.soup.setup.layout, self.training, execution)
-        self._side = ClientSide(self.algorithm, self.soup.setup, engine, self._population, seed)
+        self._side = ClientSide(
+            self.algorithm,
+            self.soup.setup,
+            build(model, seed),
+            self.training,
+            self._population,
+            seed,
+            "auto" if execution == "processes" else execution,
+        )
         self._executor: Executor = InProcess(self._side)
+        if execution == "processes":
+            self._executor = Processes(self._side, workers or os.cpu_count() or 1)
         self.soup.join(sorted(self._population.ids))
         self._memory: Tensors = self.algorithm.memory(self.soup.setup, len(self.clients))
         self._latest: PerClient = {}
@@ -112,19 +129,24 @@ class Simulation:
     # -- the loop ----------------------------------------------------------------------------------
 
     def rounds(self) -> Generator[RoundLog]:
-        """Run the rounds that are not done yet, and yield the log of each."""
+        """Run the rounds that are not done yet, and yield the log of each.
+
+        Worker processes live from the first round to the last, or until the generator is closed.
+        """
         saved_at = time.monotonic()
-        try:
-            while len(self.history) < self.n_rounds:
-                log = self._round(len(self.history) + 1)
-                if self._folder and time.monotonic() - saved_at > self._interval:
+        with closing(self._executor):
+            try:
+                while len(self.history) < self.n_rounds:
+                    log = self._round(len(self.history) + 1)
+                    if self._folder and time.monotonic() - saved_at > self._interval:
+                        self.save()
+                        saved_at = time.monotonic()
+                    yield log
+            finally:
+                # Also on Ctrl-C. Inside a commit the state is neither of two rounds: keep the
+                # older.
+                if self._folder and self._whole and len(self.history) > self._saved_rounds:
                     self.save()
-                    saved_at = time.monotonic()
-                yield log
-        finally:
-            # Also on Ctrl-C. Inside a commit the state is neither of two rounds: keep the older.
-            if self._folder and self._whole and len(self.history) > self._saved_rounds:
-                self.save()
 
     def _round(self, number: int) -> RoundLog:
         clock = _Clock()

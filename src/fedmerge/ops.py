@@ -1,0 +1,201 @@
+"""Operations on the values of many clients at once, each client with parameters of its own.
+
+Layers with parameters have a batched forward and backward over rows (k, P), written by hand; what
+has no parameters treats examples one by one, so all clients' examples are simply its batch. Which
+operations a module consists of is found out elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step knows beside its inputs.
+
+    Attributes:
+        rows: (k, P).
+        draws: a generator for each client, for dropout; None when the network is used, not trained.
+        real: (k,) examples of each client that are not padding, for dropout.
+    """
+
+    rows: Tensor
+    draws: Sequence[torch.Generator] | None = None
+    real: Sequence[int] = ()
+
+
+class Op(Protocol):
+    """One operation on values (k, B, *features)."""
+
+    def forward(self, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        """The value, and what `backward` needs."""
+
+    def backward(
+        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+    ) -> Sequence[Tensor | None]:
+        """Write the parameters' gradient into out (k, P); return those of the inputs if needed."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = x W^T + b with W (k, n_out, n_in) and b (k, n_out) seen inside the rows."""
+
+    weight: slice
+    bias: slice | None
+    n_in: int
+    n_out: int
+
+    def _weight(self, rows: Tensor) -> Tensor:
+        return rows[:, self.weight].view(len(rows), self.n_out, self.n_in)
+
+    def forward(self, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        shape = inputs[0].shape
+        x = inputs[0].reshape(shape[0], -1, self.n_in)
+        weight = self._weight(batch.rows).transpose(1, 2)
+        if self.bias is None:
+            y = torch.bmm(x, weight)
+        else:
+            y = torch.baddbmm(batch.rows[:, self.bias].unsqueeze(1), x, weight)
+        return y.view(*shape[:-1], self.n_out), x
+
+    def backward(
+        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+    ) -> Sequence[Tensor | None]:
+        shape = grad.shape
+        grad = grad.reshape(shape[0], -1, self.n_out)
+        torch.bmm(grad.transpose(1, 2), kept, out=self._weight(out))
+        if self.bias is not None:
+            torch.sum(grad, dim=1, out=out[:, self.bias])
+        if not needed:
+            return (None,)
+        return (torch.bmm(grad, self._weight(batch.rows)).view(*shape[:-1], self.n_in),)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding: y = W[x] with W (k, n, width) seen inside the rows."""
+
+    weight: slice
+    n: int
+    width: int
+
+    def _place(self, rows: Tensor, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        client = torch.arange(len(rows)).view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+        return rows[:, self.weight].view(len(rows), self.n, self.width), (client, x)
+
+    def forward(self, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        table, place = self._place(batch.rows, inputs[0])
+        return table[place], inputs[0]
+
+    def backward(
+        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+    ) -> Sequence[Tensor | None]:
+        table, place = self._place(out, kept)
+        table.zero_().index_put_(place, grad, accumulate=True)
+        return (None,)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = w x + b, the second half of a norm. w and b have `shape`: the last axes of a value or,
+    with `channels`, the first one of its features."""
+
+    weight: slice
+    bias: slice | None
+    shape: tuple[int, ...]
+    channels: bool
+
+    def _around(self, ndim: int) -> tuple[int, int]:
+        """How many axes lie before those of `shape` (the clients' not counted) and after."""
+        after = ndim - 3 if self.channels else 0
+        return ndim - 1 - len(self.shape) - after, after
+
+    def _spread(self, rows: Tensor, part: slice, ndim: int) -> Tensor:
+        before, after = self._around(ndim)
+        return rows[:, part].view(len(rows), *[1] * before, *self.shape, *[1] * after)
+
+    def forward(self, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        x = inputs[0]
+        y = x * self._spread(batch.rows, self.weight, x.ndim)
+        if self.bias is not None:
+            y += self._spread(batch.rows, self.bias, x.ndim)
+        return y, x
+
+    def backward(
+        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+    ) -> Sequence[Tensor | None]:
+        before, after = self._around(grad.ndim)
+        axes = [*range(1, 1 + before), *range(grad.ndim - after, grad.ndim)]
+        out[:, self.weight] = (grad * kept).sum(axes).flatten(1)
+        if self.bias is not None:
+            out[:, self.bias] = grad.sum(axes).flatten(1)
+        return (grad * self._spread(batch.rows, self.weight, grad.ndim) if needed else None,)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Dropout; each client draws what it would draw if it trained alone."""
+
+    p: float
+
+    def forward(self, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        x = inputs[0]
+        if batch.draws is None or self.p == 0:
+            return x, None
+        mask = torch.zeros_like(x)
+        for i, n in enumerate(batch.real):
+            draw = batch.draws[i]
+            mask[i, :n] = torch.empty_like(x[i, :n]).bernoulli_(1 - self.p, generator=draw)
+        mask /= 1 - self.p
+        return x * mask, mask
+
+    def backward(
+        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+    ) -> Sequence[Tensor | None]:
+        return (grad if kept is None else grad * kept,)
+
+
+@dataclass(frozen=True)
+class Rectify:
+    """max(x, 0): the commonest activation, without autograd."""
+
+    def forward(self, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        y = torch.relu(inputs[0])
+        return y, y
+
+    def backward(
+        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+    ) -> Sequence[Tensor | None]:
+        return (torch.ops.aten.threshold_backward(grad, kept, 0) if needed else None,)
+
+
+@dataclass(frozen=True)
+class Free:
+    """A function without parameters that treats examples one by one: clients are more examples."""
+
+    apply: Callable[..., Tensor]
+    needed: bool = False  # as in `Node`: then autograd has to watch
+
+    def forward(self, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        k, b = inputs[0].shape[:2]
+        if batch.draws is None or not self.needed:
+            y = self.apply(*[x.flatten(0, 1) for x in inputs])
+            return y.view(k, b, *y.shape[1:]), None
+        with torch.enable_grad():
+            flat = [x.flatten(0, 1).detach().requires_grad_(x.is_floating_point()) for x in inputs]
+            y = self.apply(*flat)
+        return y.detach().view(k, b, *y.shape[1:]), (flat, y)
+
+    def backward(
+        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+    ) -> Sequence[Tensor | None]:
+        flat, y = kept
+        shape = grad.shape[:2]
+        made = torch.autograd.grad(y, flat, grad.flatten(0, 1))
+        return [g.view(*shape, *g.shape[1:]) for g in made]
