@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test check bench bench-peers docs clean
 
 # torch first and alone: asked for by another package, pip may choose a build with gigabytes of GPU
 # libraries.
@@ -31,7 +31,11 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --out $(OUT)/benchmarks
+
+# Other libraries, each in an environment of its own under $(OUT)/peers.
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers --out $(OUT)/peers
 
 docs: setup
 	$(BIN)/pdoc --output-directory $(OUT)/docs fedmerge
