@@ -38,7 +38,8 @@ bench-peers: setup
 	$(BIN)/python -m benchmarks.peers --out $(OUT)/peers
 
 docs: setup
-	$(BIN)/pdoc --output-directory $(OUT)/docs fedmerge
+	$(BIN)/pdoc --output-directory $(OUT)/docs $(addprefix fedmerge.,algorithms data errors local \
+	  merging models params sim soup)
 
 clean:
 	rm -rf $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
