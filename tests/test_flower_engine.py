@@ -38,7 +38,8 @@ run_simulation(
     client,
     num_supernodes=3,
     backend_config={{"client_resources": {{"num_cpus": 1, "num_gpus": 0.0}},
-                     "init_args": {{"num_cpus": 1, "include_dashboard": False}}}},
+                     "init_args": {{"address": "local", "num_cpus": 1,
+                                   "include_dashboard": False}}}},
 )
 """
 

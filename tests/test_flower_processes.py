@@ -1,7 +1,8 @@
 """A real federation on the loopback interface, with TLS and keys, and parts of it killed with -9.
 
 SuperLink, SuperNodes and ServerApp are processes of Flower's own. The tests of this file share one
-federation and one state folder, and each goes on where the one before has left it.
+federation and one state folder, and each goes on where the one before has left it. Each can also be
+run by itself, or in a worker of its own.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Site:
             draw = np.random.default_rng(i)
             x = draw.normal(size=(100, 13)).astype("float32")
             np.savez(root / f"d{i}.npz", x=x, y=(x[:, i % 2] > 0).astype("int64"))
-            nodes[f"site-{i}"] = {"data": str(root / f"d{i}.npz"), "slow": 2.0}
+            nodes[f"site-{i}"] = {"data": str(root / f"d{i}.npz"), "slow": 1.0}
         environment = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         self.federation = LocalFederation(root / "federation", nodes, environment=environment)
 
@@ -211,7 +212,7 @@ def test_with_tls_and_keys_it_does_what_the_simulation_does(site: Site) -> None:
 
 def test_a_supernode_killed_in_a_round_is_missed_and_comes_back(site: Site) -> None:
     before = counts(site)
-    run = site.run(2)
+    run = site.run(2, deadline=20.0)
     number = site.until_under_way()
     site.federation.kill("site-0")
     site.until("round without it", lambda s: s["round"] >= number)

@@ -67,7 +67,8 @@ class Liar:
             return reply
         found = wire.read_reply(reply.content)
         delta = found.coded["delta"]
-        first = self.first = self.first or found
+        first, again = self.first or found, self.first is not None
+        self.first = first
         assert found.ticket is not None
         parts: dict[str, dict[str, Any]] = {
             "nan": {"coded": {"delta": delta * float("nan")}},
@@ -79,6 +80,7 @@ class Liar:
             "repeated": {"coded": first.coded},
             "foreign": {"ticket": replace(found.ticket, client="c0")},
             "no examples": {"n_examples": 0},
+            "silent": {"error": "no answer"} if again else {},
         }
         return changed(message, reply, **parts[self.how])
 
@@ -108,9 +110,12 @@ def test_a_liar_is_refused_and_the_others_learn_as_without_it(
     assert server.soup.refused_by == {"c4": {reason: refused}}
     logged = [log.refused for log in server.progress.history]
     assert sum(sum(one.values()) for one in logged) == refused
-    if refused < 3:
-        return  # its first update was honest, and has its share in the models
-    without = serve(tmp_path / "without", grid_of(clients[:4]))
+    if refused == 3:
+        without = serve(tmp_path / "without", grid_of(clients[:4]))
+    else:  # its first update was honest: as with a client that falls silent after it
+        grid = grid_of(clients)
+        grid.nodes[104].change = Liar("silent")
+        without = serve(tmp_path / "without", grid, clients=5)
     assert torch.equal(server.soup.shared["models"], without.soup.shared["models"])
     ids = ["c0", "c1", "c2", "c3"]
     mine, theirs = server.soup.weights(ids), without.soup.weights(ids)
@@ -207,7 +212,7 @@ def test_two_nodes_that_claim_one_id_are_not_both_let_in(tmp_path: Path) -> None
     assert set(server.soup.clients) == {"c0", "c1", "c2", "c3"}
     asked = {m.metadata.dst_node_id for m in grid.pushed if m.metadata.message_type == "train"}
     assert asked == {100, 101, 102, 103}
-    assert "which node 100 is already" in server.nodes_refused[0]
+    assert "which node 100 is already" in server.roster.nodes_refused[0]
 
 
 def test_keys_name_clients_and_rows_follow_them(tmp_path: Path) -> None:

@@ -30,7 +30,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800, help="longest time for a run")
     given = parser.parse_args()
     out = given.out.resolve()
-    nodes = {name.lower().replace(" ", "-"): {"hospital": name} for name in HOSPITALS}
+    # What a hospital remembers, for methods where it does; each has its own file there.
+    memory = str(out / "client-state")
+    nodes = {
+        name.lower().replace(" ", "-"): {"hospital": name, "client-state": memory}
+        for name in HOSPITALS
+    }
     try:
         with LocalFederation(out / "flower", nodes) as federation:
             for method in given.methods.split(","):

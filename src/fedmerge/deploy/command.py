@@ -46,6 +46,19 @@ def check(
         raise typer.Exit(1)
 
 
+@deploy.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def node(
+    arguments: Annotated[list[str], typer.Argument(metavar="...", help="of flower-supernode")],
+    preload: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="load it once, not per message")
+    ] = None,
+) -> None:
+    """Start Flower's SuperNode with a warm start: the same, in a fraction of the CPU time."""
+    from .warm import run_node
+
+    run_node(arguments, preload or [])
+
+
 def status(
     folder: Annotated[Path, typer.Argument(metavar="STATE_DIR", help="fedmerge.state of a server")],
     watch: Annotated[bool, typer.Option("--watch", help="again every 2 s, until Ctrl-C")] = False,

@@ -77,9 +77,11 @@ def _site(i: int) -> str:
     <<: *site
     environment: {{FLWR_TELEMETRY_ENABLED: "0"}}
     command: >-
-      flower-supernode --superlink server:{PORT} --root-certificates credentials/ca.crt
-      --auth-supernode-private-key credentials/site-{i}.key --node-config 'data="/data/site.npz"'
+      fedmerge deploy node --superlink server:{PORT} --root-certificates credentials/ca.crt
+      --auth-supernode-private-key credentials/site-{i}.key
+      --node-config 'data="/data/site.npz" client-state="/memory"'
     volumes:
+      - ./memory/site-{i}:/memory
       - ./credentials/ca.crt:/app/credentials/ca.crt:ro
       - ./credentials/site-{i}.key:/app/credentials/site-{i}.key:ro
       - ./data/site-{i}:/data:ro"""

@@ -39,6 +39,7 @@ class LocalFederation:
         nodes: each site's name and the config of its SuperNode.
         environment: added to that of the processes.
         database: keep the SuperLink's state in a file, so that it survives a restart.
+        warm: whether SuperNodes start their clients from a process with torch loaded.
 
     The names of log files: superlink.log, NAME.log.
     """
@@ -50,6 +51,7 @@ class LocalFederation:
         *,
         environment: Mapping[str, str] | None = None,
         database: bool = True,
+        warm: bool = True,
     ) -> None:
         require_flower()
         self.folder = Path(folder).resolve()
@@ -58,6 +60,7 @@ class LocalFederation:
         self.port = free_port()
         self._ports = {name: free_port() for name in nodes}
         self._database = self.folder / "superlink.db" if database else None
+        self._warm = warm
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logged: dict[str, int] = {}
         scripts = str(Path(sys.executable).parent)
@@ -144,7 +147,8 @@ class LocalFederation:
     def start_node(self, name: str) -> None:
         """Start the SuperNode of a site; it connects when it can."""
         pairs = [f"{key}={_toml(value)}" for key, value in self.nodes[name].items()]
-        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}"]
+        command = ["fedmerge", "deploy", "node"] if self._warm else ["flower-supernode"]
+        command += ["--superlink", f"127.0.0.1:{self.port}"]
         command += ["--root-certificates", str(self.credentials / "ca.crt")]
         command += ["--auth-supernode-private-key", str(self.credentials / f"{name}.key")]
         command += ["--port", str(self._ports[name])]

@@ -19,10 +19,12 @@ from ..data.clients import Client, Federation, Split, check_federation
 from ..errors import ConfigError, DataError, FedmergeError, ModelError
 from ..local import Training
 from ..params import Layout, ModelSource, build
-from ..sim.execute import ClientSide, Population, Task
+from ..sim.execute import ClientSide, Task
 from ..sim.log import SPLITS, Measured
+from ..sim.population import Population
 from . import wire
 from .identity import claimed_id
+from .memory import Memory, read_memory, write_memory
 from .require import require_flower
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def client_app(
             order = wire.read_order(message.content)
             ticket = order.ticket
             side = Side(order, model, data(context.node_config), training or Training())
-            reply = side.answer(context.state)
+            reply = side.answer(context.state, context.node_config)
         except FedmergeError as error:
             # One line for the operator of the server, in place of a traceback.
             reply = wire.Reply(ticket, error=f"{type(error).__name__}: {error}")
@@ -123,10 +125,13 @@ class Side:
             split: len(part) for split, (_, part) in zip(SPLITS, client.splits(), strict=True)
         }
 
-    def answer(self, kept: Any) -> wire.Reply:
+    def answer(self, kept: Any, node_config: Mapping[str, Any]) -> wire.Reply:
         """Train and evaluate as ordered; `kept` is what Flower keeps for this client."""
         order, side = self.order, self.side
-        memory = _recall(kept, "memory") or side.algorithm.memory(side.setup, 1)
+        name = order.ticket.client
+        before = read_memory(kept, node_config, name, order.federation).at(order.round)
+        now = dict(before)
+        memory = _part(before, "memory") or side.algorithm.memory(side.setup, 1)
         message = spread(order.message, self.parts, side.setup.layout.size)
         task = Task([0], order.round, message[None], memory)
         figures: wire.Figures = {}
@@ -140,11 +145,12 @@ class Side:
         delta, n_params = done.local.delta[0], side.setup.layout.n_params
         coded: Tensors = {"delta": cut(delta, self.parts) if delta.numel() else delta}
         if order.codec.kind != "none" and delta.shape == (side.setup.layout.size,):
-            left = _recall(kept, "left").get("left")
-            coded, left = order.codec.encode(delta, n_params, left)
-            _keep(kept, "left", {"left": left})
-        if done.local.memory:
-            _keep(kept, "memory", done.local.memory)
+            coded, left = order.codec.encode(delta, n_params, before.get("left"))
+            now["left"] = left
+        now |= {f"memory/{key}": value for key, value in done.local.memory.items()}
+        if now:
+            memory_now = Memory(order.federation, order.round, now, before)
+            write_memory(kept, node_config, name, memory_now)
         return wire.Reply(
             order.ticket,
             coded,
@@ -202,9 +208,5 @@ def _plain(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
     return made
 
 
-def _recall(kept: Any, name: str) -> dict[str, Tensor]:
-    return wire.tensors(kept[name]) if name in kept else {}
-
-
-def _keep(kept: Any, name: str, values: Mapping[str, Tensor]) -> None:
-    kept[name] = wire.arrays(values)
+def _part(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}/"): v for k, v in values.items() if k.startswith(f"{name}/")}

@@ -6,6 +6,7 @@ sends nothing and decides nothing about rounds.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ class Progress:
         latest, best: the last evaluation, and the one with the lowest validation loss.
         members: clients by id. readmitted: the operator's latest word that was heeded, in seconds
             since 1970.
+        federation: drawn at the first start; names this one among all.
     """
 
     history: list[RoundLog] = field(default_factory=list)
@@ -70,6 +72,7 @@ class Progress:
     best: Evaluation | None = None
     members: dict[str, Member] = field(default_factory=dict)
     readmitted: float = 0.0
+    federation: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def put(self, client: str, figures: Figures, *models: str) -> None:
         """Take in figures of the pending round."""
@@ -133,6 +136,7 @@ def save(folder: Path, settings: ServerConfig, soup: Soup, progress: Progress) -
         "evaluated": evaluated,
         "members": {client: asdict(member) for client, member in progress.members.items()},
         "readmitted": progress.readmitted,
+        "federation": progress.federation,
         "settings": asdict(settings),
     }
     save_state(folder, tensors, facts)
@@ -166,6 +170,7 @@ def load(folder: Path, soup: Soup) -> Progress:
         evaluations.get("best"),
         {client: Member(**values) for client, values in kept["members"].items()},
         kept["readmitted"],
+        kept.get("federation", ""),
     )
 
 

@@ -18,7 +18,8 @@ from . import progress as kept
 from .folder import STATUS, write_json
 
 if TYPE_CHECKING:
-    from .server import Server, _Round
+    from .intake import Gathered
+    from .server import Server
 
 EVERY = 2.0
 """Least seconds from one status to the next within a round."""
@@ -41,7 +42,7 @@ def publish(server: Server, *, finished: bool = False) -> None:
     _write_status(server, {"state": "finished" if finished else "running"})
 
 
-def publish_status(server: Server, now: _Round) -> None:
+def publish_status(server: Server, now: Gathered) -> None:
     """Say how the round that is running stands, not too often; a full disk does not stop it."""
     if time.monotonic() - server.shown < EVERY:
         return
@@ -60,7 +61,7 @@ def publish_status(server: Server, now: _Round) -> None:
 
 def _write_status(server: Server, facts: dict[str, Any]) -> None:
     soup, progress = server.soup, server.progress
-    online = server.online
+    online = server.roster.online
     guard = soup.safety.guard
     clients = []
     for client in soup.clients:
@@ -85,7 +86,7 @@ def _write_status(server: Server, facts: dict[str, Any]) -> None:
             "method": server.settings.method,
             "refused": dict(soup.refused),
             "epsilon": privacy.epsilon(soup.version) if privacy else None,
-            "nodes_refused": server.nodes_refused,
+            "nodes_refused": server.roster.nodes_refused,
             "clients": clients,
             **facts,
         },

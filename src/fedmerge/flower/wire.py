@@ -17,7 +17,7 @@ from ..algorithms import Ticket
 from ..codec import Codec, Coded
 from ..errors import ModelError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised with every change that an older client or server would misunderstand."""
 Figures = dict[str, dict[str, dict[str, float]]]
 """{model: {split: {measure: value}}} of one client."""
@@ -36,6 +36,7 @@ class Order:
         measure_received: evaluate the model as received, and after one local epoch.
         measure_own: evaluate the client's own model at the end of training.
         codec: how to send the update.
+        federation: names this one among all, for what clients remember of it.
     """
 
     ticket: Ticket
@@ -49,6 +50,7 @@ class Order:
     measure_received: bool = True
     measure_own: bool = True
     codec: Codec = field(default_factory=Codec)
+    federation: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def write_order(order: Order) -> Any:
         "measure-own": order.measure_own,
         "compression": order.codec.kind,
         "keep": order.codec.keep,
+        "federation": order.federation,
     }
     return RecordDict({"order": ConfigRecord(config), "model": arrays({"model": order.message})})
 
@@ -118,6 +121,7 @@ def read_order(records: Any) -> Order:
         measure_received=config["measure-received"],
         measure_own=config["measure-own"],
         codec=Codec(config["compression"], config["keep"]),
+        federation=config["federation"],
     )
 
 

@@ -1,0 +1,76 @@
+"""The warm start of a SuperNode: clients forked on call, or started by Flower; no leftovers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from fedmerge.deploy.warm import CLIENT, STUB, _write_stub
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+
+# Stands for the SuperNode: the forking process is its child, and ends after it.
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-m", "fedmerge.deploy.warm", *sys.argv[1:]],
+                 start_new_session=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the stub, whose cold command says so, and a process that answers its calls."""
+    cold = tmp_path / "cold"
+    cold.write_text('#!/bin/sh\necho "cold $@"\n')
+    cold.chmod(0o700)
+    made = tmp_path / "node"
+    made.mkdir()
+    _write_stub(made, made / "socket", str(cold))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(made / "socket"), "no.such"])
+    try:
+        while not (made / "socket").exists():
+            time.sleep(0.02)
+        yield made
+    finally:
+        parent.kill()
+        parent.wait()
+        end = time.monotonic() + 60
+        while made.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+    assert not made.exists()  # it has seen that its parent is gone, and cleaned up
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(folder / CLIENT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+
+
+def test_a_call_is_answered_by_a_fork_that_has_torch_loaded(folder: Path) -> None:
+    start = time.monotonic()
+    first = call(folder, "--help")  # waits until all is loaded
+    loading = time.monotonic() - start
+    assert first.stdout.startswith(f"usage: {CLIENT}")  # Flower's own command, on the caller's pipe
+    assert "--runtime-api-address" in first.stdout
+    start = time.monotonic()
+    again = call(folder, "--help")
+    assert again.stdout == first.stdout
+    assert time.monotonic() - start < loading / 2
+    assert "--token-file is required" in call(folder, "--insecure").stderr
+    assert call(folder, "--help").stdout == first.stdout  # a fork that fails harms nobody
+
+
+def test_without_the_forking_process_flowers_own_command_runs(tmp_path: Path) -> None:
+    cold = tmp_path / "cold command"
+    cold.write_text('#!/bin/sh\necho "cold $@"\n')
+    cold.chmod(0o700)
+    _write_stub(tmp_path, tmp_path / "socket", str(cold))
+    assert call(tmp_path, "--token", "a b").stdout == "cold --token a b\n"
+    assert "import torch" not in STUB
