@@ -21,10 +21,14 @@ class RuleByHand:
     cap: float = 0.1
     horizon: int = 60
     leave_one_out: bool = True
+    pull: float = 20.0
+    furthest: float = 0.2
+    agreement: float = 0.2
     round: int = 0
     weights: dict[str, Row] = field(default_factory=dict)
     own: dict[str, Row] = field(default_factory=dict)
     seen: dict[str, list[int]] = field(default_factory=dict)
+    last: dict[str, tuple[Row, Row]] = field(default_factory=dict)  # update (P,), own step (b, d)
 
     def join(self, client: str) -> None:
         d = len(self.models)
@@ -43,7 +47,9 @@ class RuleByHand:
 
     def step(self, delta: dict[str, Row], n: dict[str, int], length: dict[str, float]) -> None:
         """One round of the clients in `delta` (P,); length = learning rate times steps."""
-        new = {i: self._row(i, delta[i], length[i]) for i in delta}
+        stepped = {i: self._row(i, delta[i], length[i]) for i in delta}
+        new = {i: self._drawn(i, stepped[i], delta[i]) for i in delta}
+        before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}
         for b, (start, stop) in enumerate(self.spans):
             for j in range(len(self.models)):
                 total = sum(new[i][b, j] * n[i] for i in delta)
@@ -52,6 +58,7 @@ class RuleByHand:
                     self.models[j, start:stop] -= part
                     self.own[i][j, start:stop] += part
         for i in delta:
+            self.last[i] = (delta[i], np.log(stepped[i]) - before[i])
             self.weights[i] = new[i]
             self.seen[i].append(self.round)
         self.round += 1
@@ -71,4 +78,30 @@ class RuleByHand:
             s = s * min(missed, 5) * min(1, self.horizon / (past + 1)) ** 2
             raised = np.log(np.maximum(w, 1e-6)) - s
             made[b] = np.exp(raised) / np.exp(raised).sum()
+        return made
+
+    def _drawn(self, i: str, row: Row, delta: Row) -> Row:
+        """The row (b, d) of client i after those it resembles, of the rounds before, drew it."""
+        made = row.copy()
+        for b, (start, stop) in enumerate(self.spans):
+            if not self.last:
+                continue
+            mean = np.mean([update[start:stop] for update, _ in self.last.values()], axis=0)
+            mine = delta[start:stop] - mean
+            along, away, total = np.zeros(len(self.models)), np.zeros(len(self.models)), 0.0
+            logits = np.log(row[b]) - np.log(row[b]).mean()
+            for k, (update, step) in self.last.items():
+                if k == i:
+                    continue
+                theirs = update[start:stop] - mean
+                cosine = mine @ theirs / (np.linalg.norm(mine) * np.linalg.norm(theirs) + 1e-30)
+                alike = self.pull * max(cosine, 0) ** 4 / max(1, len(self.last) / 32)
+                row_of_k = np.log(self.weights[k][b])
+                along += alike * (step[b] - step[b].mean())
+                away += alike * (row_of_k - row_of_k.mean() - logits)
+                total += alike
+            if np.abs(along).max() > self.furthest:
+                along *= self.furthest / np.abs(along).max()
+            raised = row[b] * np.exp(along + self.agreement * away / (1 + total))
+            made[b] = raised / raised.sum()
         return made

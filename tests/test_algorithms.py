@@ -351,6 +351,8 @@ OPTIONS: dict[str, dict[str, object]] = {
         "horizon": 1,
         "leave_one_out": False,
         "sketch": 2,
+        "peers": 0,
+        "pull": 2.0,
     },
     "fedmerge:rule=paper": {"d": 2, "logit_step": 0.2, "prox": 0.5},
     "fedavg": {},

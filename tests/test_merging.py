@@ -355,7 +355,9 @@ def test_the_default_rule_is_its_literal_transcription(leave_one_out: bool) -> N
     for t, cohort in enumerate(COHORTS):
         sent = soup.send(cohort)
         for i, client in enumerate(cohort):
-            np.testing.assert_allclose(sent.message[i, 0], hand.merged(client), rtol=1e-6)
+            np.testing.assert_allclose(
+                sent.message[i, 0], hand.merged(client), rtol=1e-5, atol=1e-6
+            )
         # Some steps below the cap, some above it.
         delta = (0.02 if t % 2 else 2.0) * made_delta(soup, len(cohort), 50 + t)
         updates = make_updates(sent, delta, lr=torch.linspace(0.1, 0.4, len(cohort), dtype=F64))

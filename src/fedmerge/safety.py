@@ -49,6 +49,21 @@ class Safety:
     trim: float = 0.0
     privacy: Privacy | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is done at all: updates may be folded where nobody judges them."""
+        guarded = self.guard.factor < float("inf") or self.guard.patience > 0
+        return not guarded and not self.trim and self.privacy is None
+
+    def adapted(self, algorithm: Algorithm) -> Algorithm:
+        """The method as it is run: with privacy, rows learn from nobody else's update.
+
+        What they would learn from has no noise.
+        """
+        if self.privacy is not None and isinstance(algorithm, FedMerge):
+            return replace(algorithm, peers=0)
+        return algorithm
+
     def check(self, algorithm: Algorithm, layout: Layout) -> None:
         """Raise ConfigError for a method or a model that cannot be protected like this."""
         changed = bool(self.trim) or self.privacy is not None
@@ -69,7 +84,9 @@ class Safety:
         """Say why a sound update is not taken all the same; remember its length if it is."""
         if client in self.guard.aside:
             return "set aside"
-        if self.guard.factor == float("inf"):
+        if self.guard.factor == float("inf") or self.privacy is not None:
+            # With privacy all are clipped; and a bound by the others' lengths, which have no noise,
+            # would let one client decide whether another's update counts.
             return None
         length = _length(delta, setup.layout)
         if length > self.guard.bound(_model_length(setup)):

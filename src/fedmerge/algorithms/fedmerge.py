@@ -1,7 +1,8 @@
 """FedMerge: one merged model for each client, with merging weights learned by the server.
 
 The default rule: rows move by an exponentiated-gradient step per block of layers, judged with the
-client's own past contributions taken out of the models. The setting is that of Chen, Zhou, Long,
+client's own past contributions taken out of the models, and with the steps of clients whose updates
+resemble theirs. The setting is that of Chen, Zhou, Long,
 Jiang and Zhang, "FedMerge", AAAI 2026; the published rule is in `fedmerge_paper`.
 """
 
@@ -13,13 +14,24 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..merging import ModelSum, Sketch, block_scores, eg_row_step, merge_weighted, merging_weights
+from ..merging import (
+    FLOOR,
+    ModelSum,
+    Sketch,
+    block_scores,
+    eg_row_step,
+    merge_weighted,
+    merging_weights,
+)
 from ..params import Layout
+from ..peers import Peers, centred, drawn, likeness, no_peers, renewed
 from ..rng import torch_generator
 from .base import Algorithm, Cost, Fold, Setup, Tensors, Updates
 
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
+PEERS = "peers."
+"""How their tables are called in the shared state."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +46,24 @@ class FedMerge(Algorithm):
         leave_one_out: judge models without what the client itself put into them.
         sketch: numbers kept per block, client and model for that; the server keeps
             m * d * b * sketch float32 numbers for m clients.
+        peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
+            0 for rows that learn from nobody else.
+        pull: how much, in steps of a peer whose update is the same.
     """
 
     name: ClassVar[str] = "fedmerge"
+    streams: ClassVar[bool] = True
     d: int | None = None
     init_noise: float = 0.1
     cap: float = 0.1
     horizon: int = 60
     leave_one_out: bool = True
     sketch: int = 256
+    peers: int = 256
+    pull: float = 20.0
 
     def __post_init__(self) -> None:
-        self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1)
+        self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1, peers=0, pull=0)
 
     def resolve(self, n_clients: int | None) -> Self:
         made = super().resolve(n_clients)
@@ -53,9 +71,12 @@ class FedMerge(Algorithm):
 
     def cost(self, layout: Layout, n_clients: int) -> Cost:
         d = self.d or 12
+        b = len(layout.blocks)
         numbers = 8 + (4 * self.sketch if self.leave_one_out else 0)  # bytes, of a logit and `own`
-        kept = len(layout.blocks) * d * numbers / layout.n_bytes
-        return Cost(server=d, server_per_client=kept)
+        known = min(self.peers, n_clients) * b * (4 * self.sketch + 16 * d)
+        return Cost(
+            server=d + known / layout.n_bytes, server_per_client=b * d * numbers / layout.n_bytes
+        )
 
     def shared(self, setup: Setup) -> Tensors:
         centre = setup.initial(0)
@@ -68,7 +89,8 @@ class FedMerge(Algorithm):
             spread = centre[:n].std() if n > 1 else centre.new_zeros(())
             # Parameters all equal have no scale of their own.
             models[:, :n] += self.init_noise * (spread if spread > 0 else 1.0) * noise
-        return {"models": models}
+        known = no_peers(len(setup.layout.blocks), d, self.sketch) if self.peers else {}
+        return {"models": models} | {f"{PEERS}{name}": table for name, table in known.items()}
 
     def rows(self, setup: Setup, k: int) -> Tensors:
         b, d = len(setup.layout.blocks), self.d or 12
@@ -79,14 +101,25 @@ class FedMerge(Algorithm):
         }
         if self.leave_one_out:
             made["own"] = torch.zeros(k, b, d, self.sketch)
+        if self.peers:
+            made["place"] = torch.zeros(k, dtype=torch.int64)
         return made
 
     def weights(self, setup: Setup, rows: Tensors) -> Tensor:
         return merging_weights(rows["logits"])
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
-        weights = merging_weights(rows["logits"])
-        return merge_weighted(shared["models"], weights, setup.layout.segments)[:, None]
+        return self._merged(setup, shared, rows, None)
+
+    def send_into(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor) -> Tensor:
+        return self._merged(setup, shared, rows, out[:, 0])
+
+    def _merged(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor | None) -> Tensor:
+        layout, weights = setup.layout, merging_weights(rows["logits"])
+        models = shared["models"]
+        return merge_weighted(models, weights, layout.segments, dtype=layout.dtype, out=out)[
+            :, None
+        ]
 
     def _pace(self, rows: Tensors, version: int) -> Tensor:
         missed = (version - rows["last"]).clamp(1, MOST_ROUNDS_MISSED)
@@ -108,18 +141,28 @@ class FedMerge(Algorithm):
         if fold.sum is None:
             fold.sum = ModelSum.for_layout(setup.layout, len(shared["models"]))
         scores = block_scores(updates.delta, shared["models"], setup.layout.spans)
-        part: Tensors = {}
+        part: Tensors = {"count": rows["count"] + 1}
+        if self.leave_one_out or self.peers:
+            sketch = Sketch.of(setup.layout.spans, self.sketch, setup.seed)
+            part["sketch"] = sketch(updates.delta).float()
         if self.leave_one_out:
-            sketched = Sketch.of(setup.layout.spans, self.sketch, setup.seed)(updates.delta).float()
-            scores += torch.einsum("kbs,kbds->kbd", sketched.double(), rows["own"].double())
-            part |= {"sketched": sketched, "own": rows["own"]}
-        count = rows["count"] + 1
+            part["own"] = rows["own"]
+            scores += torch.einsum("kbs,kbds->kbd", part["sketch"].double(), rows["own"].double())
         pace = self._pace(rows, version)
         length = updates.lr * updates.steps
         logits = eg_row_step(rows["logits"], scores, length, pace.double(), cap=self.cap)
+        if self.peers:
+            part["place"] = rows["place"]
+            before = merging_weights(rows["logits"]).clamp_min(FLOOR).log()
+            part["step"] = centred(logits - before)
+            known = _peers(shared)
+            if len(known["place"]):
+                alike = likeness(part["sketch"], rows["place"], known)
+                logits = drawn(logits, alike, known, self.pull)
+        part["logits"] = logits
         share = merging_weights(logits) * updates.n_examples.double()[:, None, None]
         fold.sum.add(share, updates.delta)
-        fold.parts.append({"logits": logits, "count": count, "share": share, **part})
+        fold.parts.append({"share": share, **part})
 
     def commit(
         self, setup: Setup, shared: Tensors, fold: Fold, version: int
@@ -134,6 +177,17 @@ class FedMerge(Algorithm):
         }
         if self.leave_one_out:
             taken = (fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)).float()
-            gained = taken[..., None] * fold.gathered("sketched")[:, :, None]
+            gained = taken[..., None] * fold.gathered("sketch")[:, :, None]
             rows["own"] = fold.gathered("own") + gained
-        return {**shared, "models": fold.sum.step(shared["models"])}, rows
+        made = {**shared, "models": fold.sum.step(shared["models"])}
+        if self.peers:
+            rows["place"] = fold.gathered("place")
+            seen = {name: fold.gathered(name) for name in ("place", "sketch", "step")}
+            seen["logits"] = centred(rows["logits"])
+            known = renewed(_peers(shared), seen, self.peers)
+            made |= {f"{PEERS}{name}": table for name, table in known.items()}
+        return made, rows
+
+
+def _peers(shared: Tensors) -> Peers:
+    return {n.removeprefix(PEERS): t for n, t in shared.items() if n.startswith(PEERS)}
