@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmerge import Algorithm, FedMerge, FedMergePaper, Soup, Ticket, Updates, make_model
+from fedmerge import Algorithm, FedMerge, FedMergePaper, Soup, Ticket, Updates, kernels, make_model
 from fedmerge.merging import ModelSum, block_scores, merge
 
 from .measure import Figure, Spread, Work, alternate, seconds
@@ -28,21 +28,22 @@ class ServerRound:
 
     Attributes:
         delta: (k, P), used again for every chunk. clients: the cohort's ids.
+        message: (k, r, P), the memory that messages are written to.
     """
 
     soup: Soup
     delta: Tensor
     clients: list[str]
+    message: Tensor | None = None
 
     def __call__(self) -> None:
         """One round of the server; what clients do in between takes no time."""
         k = len(self.delta)
         for first in range(0, len(self.clients), k):
             cohort = self.clients[first : first + k]
-            sent = self.soup.send(cohort)
-            tickets = sent.tickets
-            del sent  # The models are with the clients now.
-            self.soup.fold(self.updates(tickets))
+            sent = self.soup.send(cohort, out=self.message)
+            self.message = sent.message  # The models are with the clients now.
+            self.soup.fold(self.updates(sent.tickets))
         if len(self.soup.commit()) != len(self.clients):
             raise RuntimeError("the server refused an update of the benchmark")
 
@@ -107,6 +108,7 @@ def run(sizes: Sizes, repeats: int) -> Iterator[Figure]:
         floor = [floors[name] / speed for speed in speeds]
         over = Spread.of([value / least for value, least in zip(values, floor, strict=True)])
         note = f"floor {1000 * Spread.of(floor).median:.3g} ms, {floors[name] / 1e9:.3g} GB"
+        note += f"; {kernels.name(n)}"
         yield Figure("server", f"d={d} m={m}", name, "s", Spread.of(values), over, note, at)
 
 

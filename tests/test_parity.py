@@ -15,12 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from core_fixture import make_updates
+from fedmerge import kernels
 from fedmerge.algorithms import FedMergePaper
 from fedmerge.merging import merge, paper_row_step, paper_server_step
 from fedmerge.soup import Soup
 
 FILES = sorted((Path(__file__).parent / "data").glob("server_step_*.npz"))
 Golden = dict[str, np.ndarray]
+
+
+@pytest.fixture(params=["torch", "numba"], autouse=True)
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for the torch code and for the compiled loops."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setenv(kernels.VARIABLE, request.param)
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)

@@ -254,6 +254,65 @@ def test_sending_changes_nothing() -> None:
     assert equal(soup_tensors(soup), before)
 
 
+@pytest.mark.parametrize("method", [FedMerge(d=3), FedMergePaper(d=3), FedAvg()])
+def test_a_message_may_be_written_to_the_memory_of_an_earlier_one(method: Any) -> None:
+    soup = make_soup(method)
+    play(soup, COHORTS)
+    wanted = soup.send(("d", "a"))
+    earlier = torch.full_like(soup.message(("a", "b", "c")), 9.0)
+    sent = soup.send(("d", "a"), out=earlier)
+    assert torch.equal(sent.message, wanted.message)
+    assert sent.tickets == wanted.tickets
+    reused = sent.message.data_ptr() == earlier.data_ptr()
+    assert reused is not isinstance(method, FedAvg)  # which sends everybody the same memory
+    assert len(soup.send(("a", "b", "c", "d"), out=earlier).message) == 4
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_updates_are_the_callers_again_after_a_fold(method: str, ordered: bool) -> None:
+    made = []
+    for spoil in (False, True):
+        soup = Soup(make_method(method), net(), ordered=ordered)
+        clients = tuple("abcdefghijklmn")
+        sent = soup.send(clients)
+        k, r = sent.message.shape[:2]
+        extra = {
+            "choice": torch.zeros(k, dtype=torch.int64),
+            "membership": torch.full((k, 4), 0.25),
+            "gain": normal(0, k, 5),
+        }
+        shape = soup.algorithm.update_shape(soup.setup.layout)
+        delta = normal(1, k, *((r, shape[-1]) if len(shape) == 2 else shape))
+        soup.fold(make_updates(sent, delta, extra=extra))
+        if spoil:
+            delta.fill_(7)
+        soup.commit()
+        made.append(soup_tensors(soup))
+    assert equal(*made)
+
+
+def test_joining_one_by_one_is_joining_at_once() -> None:
+    names = [f"c{i}" for i in range(40)]
+    at_once, one_by_one = make_soup(), make_soup()
+    at_once.join(names)
+    for name in names:
+        one_by_one.join([name])
+    play(one_by_one, [names[:3]])
+    play(at_once, [names[:3]])
+    assert equal(soup_tensors(one_by_one), soup_tensors(at_once))
+    assert one_by_one.clients == at_once.clients == tuple(names)
+
+
+def test_joining_moves_rows_to_larger_memory_a_few_times_only() -> None:
+    soup = make_soup()
+    places = set()
+    for i in range(200):
+        soup.join([f"c{i}"])
+        places.add(soup._roster.tables["logits"].data_ptr())
+    assert len(places) <= 9  # of 1, 2, 4, ... 256 rows
+
+
 def folded(method: str, order: list[int], cuts: list[int], *, ordered: bool) -> Soup:
     """A round of five clients whose updates come in `order`, in chunks that end at `cuts`."""
     soup = Soup(make_method(method), net(dtype=torch.float64), seed=1, ordered=ordered)

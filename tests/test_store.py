@@ -191,8 +191,8 @@ def test_every_flipped_byte_is_noticed(folder: Path) -> None:
 
 def test_a_state_of_another_version_is_told(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps(index | {"format": 2}))
-    check_refused(folder, "has format 2, this version reads 1; use the version that wrote it")
+    (folder / INDEX).write_text(json.dumps(index | {"format": 1}))
+    check_refused(folder, "has format 1, this version reads 2; use the version that wrote it")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"format": 1}', "no json"])

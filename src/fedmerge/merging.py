@@ -10,22 +10,25 @@ needs, since <delta_i, models_j - merged_i> = scores_ij - sum_j weights_ij score
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import kernels
 from .errors import ModelError
+from .kernels import Segments
 from .params import Layout
 from .rng import numpy_generator
 
-Segments = Sequence[tuple[int, int, int]]
-
 COLUMNS = 4096
 """Columns worked on at a time."""
+
+_WORD = 0xFFFFFFFF
 
 FLOOR = 1e-6
 """Least weight that a row's step starts from, so that an unused model can come back."""
@@ -54,14 +57,27 @@ def merge(models: Tensor, logits: Tensor, segments: Segments | None = None) -> T
     return merge_weighted(models, merging_weights(logits), segments)
 
 
-def merge_weighted(models: Tensor, weights: Tensor, segments: Segments | None = None) -> Tensor:
-    """As `merge`, from weights (k, d) or (k, b, d) that sum to 1 already."""
+def merge_weighted(
+    models: Tensor,
+    weights: Tensor,
+    segments: Segments | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `merge`, from weights (k, d) or (k, b, d) that sum to 1 already.
+
+    Args:
+        dtype: of the result, if it is not that of `models`; the sums are made in the wider one.
+        out: (k, P) of that dtype, to be written to; saves the time for fresh memory.
+    """
     if models.ndim != 2 or weights.ndim not in (2, 3) or weights.shape[-1] != models.shape[0]:
         raise ModelError(
             f"models {tuple(models.shape)} and rows {tuple(weights.shape)} do not fit: "
             "wanted (d, P) and (k, d) or (k, b, d)"
         )
-    weights = weights.to(models.dtype)
+    dtype = dtype or models.dtype
+    weights = weights.to(torch.promote_types(dtype, models.dtype))
     if weights.ndim == 2 or weights.shape[1] == 1:
         weights, segments = weights.reshape(-1, 1, models.shape[0]), ((0, models.shape[1], 0),)
     if segments is None:
@@ -73,9 +89,22 @@ def merge_weighted(models: Tensor, weights: Tensor, segments: Segments | None = 
         raise ModelError(
             f"segments cover {covered} of {models.shape[1]} columns; pass segments=layout.segments"
         )
-    merged = models.new_empty(len(weights), models.shape[1])
+    shape = (len(weights), models.shape[1])
+    if out is not None and (out.shape != shape or out.dtype != dtype):
+        raise ModelError(f"out is {tuple(out.shape)} of {out.dtype}: wanted {shape} of {dtype}")
+    merged = kernels.empty(shape, dtype) if out is None else out
+    fast = kernels.loops(models.shape[1], weights.dtype, dtype)
+    graph = torch.is_grad_enabled() and (models.requires_grad or weights.requires_grad)
+    if fast is not None and weights.dtype == dtype and not graph:
+        for at, own, cuts in kernels.parts(models, dtype, segments):
+            part = merged[:, at].contiguous()
+            kernels.call(fast.merge, own, weights.contiguous(), cuts, part)
+            if part.data_ptr() != merged[:, at].data_ptr():
+                merged[:, at] = part
+        return merged
     for start, stop, block in _chunks(segments):
-        merged[:, start:stop] = weights[:, block] @ models[:, start:stop]
+        own = models[:, start:stop].to(weights.dtype)
+        merged[:, start:stop] = weights[:, block] @ own
     return merged
 
 
@@ -92,9 +121,30 @@ def block_scores(delta: Tensor, models: Tensor, spans: Sequence[tuple[int, int]]
     # models for all.
     scores = torch.zeros(len(delta), len(spans), len(models), dtype=torch.float64)
     segments = [(start, stop, block) for block, (start, stop) in enumerate(spans)]
+    fast = kernels.loops(models.shape[1], delta.dtype)
+    if fast is not None:
+        delta = delta.contiguous()
+        for at, own, cuts in kernels.parts(models, delta.dtype, segments):
+            kernels.call(fast.scores, delta[:, at].contiguous(), own, cuts, scores)
+        return scores
     for start, stop, block in _chunks(segments):
         scores[:, block] += delta[:, start:stop].double() @ models[:, start:stop].double().T
     return scores
+
+
+def finite_rows(delta: Tensor) -> list[bool]:
+    """Whether each of k updates (k, ...) is finite in all its numbers."""
+    delta = delta.flatten(1)
+    fast = kernels.loops(delta.shape[1], delta.dtype)
+    if fast is not None:
+        found = torch.empty(len(delta), dtype=torch.bool)
+        kernels.call(fast.finite, delta.contiguous(), found)
+        return [bool(ok) for ok in found]
+    # A sum is finite only if every number is, save for overflow: look closer only then.
+    sums = torch.isfinite(delta.sum(-1, dtype=torch.float64))
+    return [
+        bool(ok) or bool(torch.isfinite(row).all()) for ok, row in zip(sums, delta, strict=True)
+    ]
 
 
 def row_gradient(weights: Tensor, scores: Tensor) -> Tensor:
@@ -191,13 +241,23 @@ class ModelSum:
     counters: Tensor  # (c,) largest value of each integer counter
     segments: Segments
     n_params: int
+    out: Callable[[], Tensor] | None = None  # makes what the step is written to
+    salt: int | None = None  # rounds the step to bfloat16 by chance; None: to nearest
 
     @classmethod
-    def of(cls, d: int, blocks: int, segments: Segments, n_params: int, counters: int = 0) -> Self:
-        """An empty sum for d models over `segments` in `blocks` blocks."""
+    def of(
+        cls,
+        d: int,
+        blocks: int,
+        segments: Segments,
+        n_params: int,
+        counters: int = 0,
+        total: Tensor | None = None,
+    ) -> Self:
+        """An empty sum for d models over `segments` in `blocks` blocks; `total` holds zeros."""
         size = segments[-1][1]
         return cls(
-            torch.zeros(d, size, dtype=torch.float64),
+            kernels.empty((d, size), torch.float64).zero_() if total is None else total,
             torch.zeros(blocks, d, dtype=torch.float64),
             torch.full((counters,), -torch.inf, dtype=torch.float64),
             segments,
@@ -205,77 +265,133 @@ class ModelSum:
         )
 
     @classmethod
-    def for_layout(cls, layout: Layout, d: int) -> Self:
+    def for_layout(cls, layout: Layout, d: int, total: Tensor | None = None) -> Self:
         """An empty sum of d rows of `layout`."""
         n_counters = layout.counters.stop - layout.counters.start
-        return cls.of(d, len(layout.blocks), layout.segments, layout.n_params, n_counters)
+        return cls.of(d, len(layout.blocks), layout.segments, layout.n_params, n_counters, total)
 
     def add(self, coef: Tensor, delta: Tensor) -> None:
         """Add clients: coef (k, b, d) or (k, 1, d) float64, not negative; delta (k, P)."""
         coef = coef.expand(-1, len(self.mass), -1)
-        for start, stop, block in _chunks(self.segments):
+        fast = kernels.loops(self.total.shape[1], delta.dtype)
+        if fast is not None:
+            cuts = kernels.table(self.segments)
+            kernels.call(fast.add, coef.contiguous(), delta.contiguous(), cuts, self.total)
+        for start, stop, block in () if fast else _chunks(self.segments):
             self.total[:, start:stop].addmm_(coef[:, block].T, delta[:, start:stop].double())
         self.mass += coef.sum(0)
         if len(self.counters):
             last = delta[:, -len(self.counters) :].double()
             self.counters = torch.maximum(self.counters, last.amax(0))
 
+    def join(self, other: Self) -> None:
+        """Add what another sum of the same round, over other clients, has gathered."""
+        self.total += other.total
+        self.mass += other.mass
+        self.counters = torch.maximum(self.counters, other.counters)
+
     def step(self, models: Tensor) -> Tensor:
         """Return models (d, P) moved by minus the weighted mean of delta; unused models stay.
 
         Buffers become the weighted mean of the clients' end values, counters their largest value.
         """
-        moved = torch.empty_like(models, memory_format=torch.contiguous_format)
-        for start, stop, block in _chunks(self.segments):
+        moved = kernels.empty(models.shape, models.dtype) if self.out is None else self.out()
+        fast = kernels.loops(models.shape[1], models.dtype)
+        if fast is not None:
+            # No segment may hold both parameters and buffers.
+            n, size = self.n_params, models.shape[1]
+            tail = [(n + a, n + b, block) for a, b, block in kernels.cut(self.segments, n, size)]
+            cuts = kernels.table([*kernels.cut(self.segments, 0, n), *tail])
+            own = models.contiguous()
+            kernels.call(fast.step, own, self.total, self.mass, cuts, n, moved)
+        for start, stop, block in () if fast else _chunks(self.segments):
             mass = self.mass[block][:, None]
-            mean = self.total[:, start:stop] / torch.where(mass > 0, mass, 1.0)
+            values = self.total[:, start:stop] / torch.where(mass > 0, mass, 1.0)
             own = models[:, start:stop].double()
-            values = torch.where(mass > 0, mean, own)
             n = max(0, min(stop, self.n_params) - start)  # of these columns, parameters
-            values[:, :n] = own[:, :n] - mean[:, :n]
-            moved[:, start:stop] = values.to(models.dtype)
+            values[:, :n] = own[:, :n] - values[:, :n]
+            values = torch.where(mass > 0, values, own)
+            if self.salt is not None and models.dtype == torch.bfloat16:
+                moved[:, start:stop] = by_chance(values, start, self.salt)
+            else:
+                moved[:, start:stop] = values.to(models.dtype)
         if len(self.counters):
             own = models[:, -len(self.counters) :].double()
             moved[:, -len(self.counters) :] = torch.maximum(own, self.counters).to(models.dtype)
         return moved
 
 
+def by_chance(values: Tensor, first: int, salt: int) -> Tensor:
+    """Round (d, n) to bfloat16, up or down with the chances that keep the mean.
+
+    The chances are a hash of the value, its place (row, `first` + column) and `salt`.
+    """
+    narrow = values.float()
+    bits = narrow.view(torch.int32).long() & _WORD
+    d, n = bits.shape
+    mixed = bits * 0x9E3779B1 + torch.arange(first, first + n) * 0x85EBCA77
+    mixed = mixed + ((torch.arange(d) + 1) * 0xC2B2AE3D + salt)[:, None] & _WORD
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        mixed = (mixed ^ mixed >> shift) * factor & _WORD
+    # A bfloat16 is the upper half of a float32.
+    up = (bits + (mixed & 0xFFFF)) & 0xFFFF0000
+    rounded = torch.where(up < 2**31, up, up - 2**32).to(torch.int32).view(torch.float32)
+    return torch.where(narrow.isfinite(), rounded, narrow).to(torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Sketch:
     """Count-sketch of each block into `size` numbers: inner products are kept without bias.
 
-    Each parameter has a fixed place and sign, drawn from the run's seed (Charikar, Chen and
-    Farach-Colton, 2002). A block no longer than `size` keeps every number, so it is exact.
+    A block's columns are cut into chunks of `size`; each is turned round by a number of places,
+    given signs, and added to the others. Places and signs are drawn from the run's seed. Any two
+    numbers of a chunk have different places, and two of different chunks the same one with chance
+    1 / size, as in Charikar, Chen and Farach-Colton (2002), where every number has a place of its
+    own: so the error is no larger, and memory is read in order. A block no longer than `size` keeps
+    every number, so it is exact.
     """
 
     size: int
-    index: tuple[Tensor, ...]  # per block (chunks * size,) columns of the row
-    sign: tuple[Tensor, ...]  # per block (chunks * size,): -1, 1, and 0 where there is no parameter
+    spans: tuple[tuple[int, int], ...]
+    turn: tuple[Tensor, ...]  # per block (chunks,) int64, from 0 to size - 1
+    sign: tuple[Tensor, ...]  # per block (columns,) int8: -1 or 1
 
     @staticmethod
     @lru_cache(maxsize=8)
     def of(spans: tuple[tuple[int, int], ...], size: int, seed: int) -> Sketch:
-        """Draw the places and signs for blocks at `spans`."""
-        index, sign = [], []
+        """Draw the turns and signs for blocks at `spans`."""
+        turn, sign = [], []
         for block, (start, stop) in enumerate(spans):
-            length = stop - start
             draw = numpy_generator(seed, "sketch", block)
-            padded = -(-length // size) * size
-            places = torch.full((padded,), start, dtype=torch.int64)
-            signs = torch.zeros(padded)
-            # Chunks are summed onto each other: a random order makes the places random.
-            places[:length] = torch.from_numpy(draw.permutation(length)) + start
-            signs[:length] = torch.from_numpy(draw.integers(0, 2, length) * 2.0 - 1.0)
-            index.append(places)
-            sign.append(signs)
-        return Sketch(size, tuple(index), tuple(sign))
+            turn.append(torch.from_numpy(draw.integers(0, size, -(-(stop - start) // size))))
+            coins = draw.integers(0, 2, stop - start, dtype=np.int8)
+            sign.append(torch.from_numpy(2 * coins - 1))
+        return Sketch(size, spans, tuple(turn), tuple(sign))
 
     def __call__(self, delta: Tensor) -> Tensor:
         """Sketch delta (k, P) to (k, b, size), in its dtype but float32 at least."""
         # Sums of half-precision numbers would overflow and lose digits.
-        delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
-        parts = [
-            (delta[:, index] * sign.to(delta.dtype)).view(len(delta), -1, self.size).sum(1)
-            for index, sign in zip(self.index, self.sign, strict=True)
-        ]
-        return torch.stack(parts, dim=1)
+        dtype = torch.promote_types(delta.dtype, torch.float32)
+        k = len(delta)
+        made = torch.zeros(len(self.spans), k, self.size, dtype=dtype)
+        fast = kernels.loops(delta.shape[1], delta.dtype)
+        if fast is not None:
+            delta = delta.contiguous()
+        # Whole chunks of a piece that stays in cache.
+        most = max(1, COLUMNS // self.size) * self.size
+        for block, (start, stop) in enumerate(self.spans):
+            turn, sign = self.turn[block], self.sign[block]
+            if fast is not None:
+                kernels.call(fast.sketch, delta, sign, turn, start, self.size, made[block])
+                continue
+            for first in range(0, stop - start, most):
+                last = min(first + most, stop - start)
+                signed = delta[:, start + first : start + last].to(dtype) * sign[first:last]
+                there = turn[first // self.size : -(-last // self.size), None]
+                padded = torch.nn.functional.pad(
+                    signed, (0, there.numel() * self.size - last + first)
+                )
+                source = (torch.arange(self.size) - there) % self.size
+                chunks = padded.view(k, -1, self.size)
+                made[block] += chunks.gather(2, source.expand(k, -1, -1)).sum(1)
+        return made.transpose(0, 1).contiguous()

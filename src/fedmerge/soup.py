@@ -11,16 +11,20 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from . import kernels
 from .algorithms import Algorithm, Fold, Setup, Tensors, Ticket, Updates
 from .errors import ConfigError, ModelError, StateError
+from .merging import finite_rows
 from .params import Blocks, Layout, ModelSource, build
+from .roster import Roster
 from .safety import Reason, Safety
+from .storage import Kept, Storage
 from .store import has_state, load_state, save_state
 
 
@@ -42,6 +46,28 @@ class Sent:
     message: Tensor
 
 
+@dataclass
+class Gathered:
+    """What part of a cohort has brought to a round, on its way from a `Soup.part` to `absorb`.
+
+    Attributes:
+        version: of the soup whose round it is.
+        fold: the updates. clients: whose they are, in the order of its parts.
+        refusals: the updates not taken.
+    """
+
+    version: int
+    fold: Fold
+    clients: list[str]
+    refusals: list[Refusal]
+
+    def join(self, other: Gathered) -> None:
+        """Add what other clients have brought."""
+        self.fold.join(other.fold)
+        self.clients += other.clients
+        self.refusals += other.refusals
+
+
 class Soup:
     """The engine-free server core of any method.
 
@@ -55,6 +81,10 @@ class Soup:
         blocks: the blocks of layers that have a row each (`Layout.of`).
         n_inputs: numbers in one flattened input, for methods whose state depends on it.
         safety: what is done against dishonest clients and for the privacy of honest ones.
+        storage: dtype of the server's models: "float32", "bfloat16", or "model" for the module's
+            own (`Storage`).
+        models_in: folder for the models, for those that do not fit into memory: they and the sum of
+            a round are then in files there. Saved states refer to these files.
     """
 
     def __init__(
@@ -67,19 +97,25 @@ class Soup:
         blocks: Blocks = "layer",
         n_inputs: int = 0,
         safety: Safety | None = None,
+        storage: Kept = "model",
+        models_in: Path | str | None = None,
     ) -> None:
-        self.algorithm = algorithm.resolve(None)
         self.safety = safety or Safety()
+        self.algorithm = self.safety.adapted(algorithm.resolve(None))
         self.ordered = ordered
         first = build(model, seed)
         layout = Layout.of(first, blocks)
         self.setup = Setup(layout, lambda j: layout.row(build(model, seed, j)), seed, n_inputs)
+        self.storage = Storage(storage, None if models_in is None else Path(models_in))
+        guarded = bool(self.safety.trim) or self.safety.privacy is not None
+        self.storage.check(self.algorithm, layout, guarded=guarded)
         self.shared: Tensors = self.algorithm.shared(self.setup)
         self.version = 0
+        if not self.storage.idle:
+            self.shared["models"] = self.storage.keep(self.shared["models"], 0)
         self.refused: Counter[str] = Counter()
         self.refused_by: dict[str, Counter[str]] = {}
-        self._places: dict[str, int] = {}
-        self._table: Tensors = self.algorithm.rows(self.setup, 0)
+        self._roster = Roster(partial(self.algorithm.rows, self.setup))
         self.safety.check(self.algorithm, layout)
         self._reset_round()
 
@@ -93,35 +129,65 @@ class Soup:
         seed: int = 0,
         ordered: bool = False,
         blocks: Blocks = "layer",
+        storage: Kept = "model",
+        models_in: Path | str | None = None,
     ) -> Soup:
         """Load the soup of `folder`, or make a new one if there is none.
 
         Raises:
             StateError: the state there is damaged, or of another model, method or seed.
         """
-        soup = cls(algorithm, model, seed=seed, ordered=ordered, blocks=blocks)
+        soup = cls(
+            algorithm,
+            model,
+            seed=seed,
+            ordered=ordered,
+            blocks=blocks,
+            storage=storage,
+            models_in=models_in,
+        )
         if has_state(Path(folder)):
             soup.load(folder)
         return soup
+
+    @classmethod
+    def part(
+        cls,
+        algorithm: Algorithm,
+        setup: Setup,
+        shared: Tensors,
+        version: int,
+        clients: Sequence[str],
+        rows: Tensors,
+    ) -> Soup:
+        """A soup that stands in for another one, of `version`, towards some of its clients.
+
+        It sends and folds like the other, if that has no `Safety`, and does not commit: the other
+        absorbs what it has gathered.
+        """
+        part = cls.__new__(cls)
+        part.algorithm, part.setup, part.shared, part.version = algorithm, setup, shared, version
+        part.safety, part.ordered, part.storage = Safety(), False, Storage()
+        part.refused, part.refused_by = Counter(), {}
+        part._roster = Roster.holding(partial(algorithm.rows, setup), clients, rows)
+        part._reset_round()
+        return part
 
     # -- clients -----------------------------------------------------------------------------------
 
     @property
     def clients(self) -> tuple[str, ...]:
         """Ids of all clients ever seen, in the order in which they joined."""
-        return tuple(self._places)
+        return self._roster.clients
+
+    @property
+    def kernels(self) -> str:
+        """What does the arithmetic: "torch" or "numba" (`fedmerge.kernels`)."""
+        return kernels.name(self.setup.layout.size)
 
     def join(self, clients: Iterable[str]) -> None:
         """Take in clients, at any round; known ones stay as they are."""
-        new = [c for c in dict.fromkeys(clients) if c not in self._places]
-        if not new:
-            return
-        fresh = self.algorithm.rows(self.setup, len(new))
-        if "place" in fresh:
-            fresh["place"] = torch.arange(len(new)) + len(self._places)
-        for client in new:
-            self._places[client] = len(self._places)
-        self._table = {n: torch.cat([self._table[n], value]) for n, value in fresh.items()}
+        self._roster.join(clients)
 
     def rows(self, clients: Sequence[str]) -> Tensors:
         """What the server keeps for `clients`, stacked in that order.
@@ -129,28 +195,26 @@ class Soup:
         Raises:
             ConfigError: a client that never joined.
         """
-        at = self._at(clients)
-        return {name: table[at] for name, table in self._table.items()}
-
-    def _at(self, clients: Sequence[str]) -> Tensor:
-        unknown = [c for c in clients if c not in self._places]
-        if unknown:
-            raise ConfigError(f'client "{unknown[0]}" has not joined: call join first')
-        return torch.tensor([self._places[c] for c in clients], dtype=torch.int64)
+        return self._roster.rows(clients)
 
     def weights(self, clients: Sequence[str] | None = None) -> Tensor | None:
         """(k, b, d) merging weights of `clients` (of all, if None); None without such."""
         # Of the whole table, so that nothing but weights is copied.
-        weights = self.algorithm.weights(self.setup, self._table)
-        return weights if weights is None or clients is None else weights[self._at(clients)]
+        weights = self.algorithm.weights(self.setup, self._roster.tables)
+        return weights if weights is None or clients is None else weights[self._roster.at(clients)]
 
     # -- a round -----------------------------------------------------------------------------------
 
-    def send(self, clients: Sequence[str]) -> Sent:
-        """Make the models for `clients`; new ones join. Changes nothing else."""
+    def send(self, clients: Sequence[str], out: Tensor | None = None) -> Sent:
+        """Make the models for `clients`; new ones join. Changes nothing else.
+
+        Args:
+            out: memory that the message may be written to, of an earlier one (at least k, r, P)
+                that nobody needs any more. Fresh memory takes as long as merging does.
+        """
         self.join(clients)
         rows = self.rows(clients)
-        message = self.message(clients)
+        message = self._message(rows, len(clients), out)
         tickets = tuple(
             Ticket(client, self.version, digest)
             for client, digest in zip(clients, _digests(rows, len(clients)), strict=True)
@@ -159,8 +223,15 @@ class Soup:
 
     def message(self, clients: Sequence[str]) -> Tensor:
         """(k, r, P): the models that `clients` would be sent now, without tickets."""
-        rows = self.rows(clients)
-        return self.algorithm.send(self.setup, self.shared, rows, len(clients))
+        return self._message(self.rows(clients), len(clients), None)
+
+    def _message(self, rows: Tensors, k: int, out: Tensor | None) -> Tensor:
+        if out is not None and len(out) >= k:
+            message = self.algorithm.send_into(self.setup, self.shared, rows, out[:k])
+        else:
+            message = self.algorithm.send(self.setup, self.shared, rows, k)
+        # The dtype of the module, whatever the models are kept in.
+        return message.to(self.setup.layout.dtype)
 
     def fold(self, updates: Updates) -> list[Refusal]:
         """Take updates into the round, in any chunking and order; return those refused, and why.
@@ -179,8 +250,8 @@ class Soup:
             )
         refusals: list[Refusal] = []
         taken: list[int] = []
-        finite = _finite(updates.delta)
-        known = [t.client for t in updates.tickets if t.client in self._places]
+        finite = finite_rows(updates.delta)
+        known = [t.client for t in updates.tickets if t.client in self._roster]
         digests = dict(zip(known, _digests(self.rows(known), len(known)), strict=True))
         for i, ticket in enumerate(updates.tickets):
             reason = self._judge(updates, i, digests.get(ticket.client), finite[i])
@@ -190,23 +261,46 @@ class Soup:
             else:
                 refusals.append(self.refuse(ticket.client, reason))
         if taken:
-            sound = updates.take(taken)
             if self.ordered:
-                self._waiting.update(
-                    (t.client, sound.take([i])) for i, t in enumerate(sound.tickets)
-                )
+                self._waiting.update((updates.tickets[i].client, updates.take([i])) for i in taken)
             else:
-                self._fold(sound)
+                # A copy takes longer than folding does, but what is kept must not be the caller's.
+                whole = len(taken) == len(updates) and self.algorithm.streams
+                self._fold(updates if whole and not self.safety.trim else updates.take(taken))
         return refusals
 
     def refuse(self, client: str, reason: Reason) -> Refusal:
         """Count an update of `client` as refused; changes nothing else."""
         self.refused[reason] += 1
         # Not for unknown names: whoever invents them would fill the memory.
-        if client in self._places and reason != "unknown":
+        if client in self._roster and reason != "unknown":
             self.refused_by.setdefault(client, Counter())[reason] += 1
             self.safety.guard.refuse(client, reason)
         return Refusal(client, reason)
+
+    def gathered(self) -> Gathered:
+        """What the open round has gathered; the refusals are what `fold` has returned."""
+        return Gathered(self.version, self._round, self._folded, [])
+
+    def absorb(self, gathered: Gathered) -> None:
+        """Take into the round what parts of this soup have gathered.
+
+        Raises:
+            ConfigError: this soup has a `Safety`, which parts do not have.
+            StateError: of another round, or of clients whose updates are there already; nothing
+                changes.
+        """
+        if not self.safety.idle:
+            raise ConfigError("guard, robust and privacy do not go with updates folded elsewhere")
+        again = self._seen.intersection(gathered.clients)
+        if gathered.version != self.version or again:
+            what = f'"{min(again)}" twice' if again else f"round {gathered.version + 1}"
+            raise StateError(f"updates of {what} in round {self.version + 1}: wanted each once")
+        self._round.join(gathered.fold)
+        self._seen.update(gathered.clients)
+        self._folded += gathered.clients
+        for refusal in gathered.refusals:
+            self.refuse(refusal.client, refusal.reason)
 
     def abandon(self) -> None:
         """Drop what the open round has gathered; its tickets can be used again."""
@@ -220,17 +314,18 @@ class Soup:
         fold = self.safety.finish(self._round, any_folded=bool(folded))
         self.shared, rows = self.algorithm.commit(self.setup, self.shared, fold, self.version)
         if rows and folded:
-            at = self._at(folded)
-            before = {name: table[at] for name, table in self._table.items()}
-            rows = self.safety.noisy(self.algorithm, rows, before, self.version)
-            for name, value in rows.items():
-                self._table[name][at] = value
+            before = self.rows(folded)
+            self._roster.put(folded, self.safety.noisy(self.algorithm, rows, before, self.version))
         self.version += 1
         self._reset_round()
         return folded
 
     def _reset_round(self) -> None:
-        self._round = Fold(self.safety.sum(self.setup.layout, self.shared, self.version))
+        kept = self.safety.sum(self.setup.layout, self.shared, self.version)
+        if not self.storage.idle:
+            setup = self.setup
+            kept = self.storage.sum(setup.layout, self.shared["models"], setup.seed, self.version)
+        self._round = Fold(kept)
         self._seen: set[str] = set()
         self._folded: list[str] = []
         self._waiting: dict[str, Updates] = {}
@@ -266,15 +361,19 @@ class Soup:
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Tensors and JSON facts that `restore` takes; an open round is not part of it."""
         tensors = {f"shared.{n}": t for n, t in self.shared.items()}
+        files = {}
+        if self.storage.folder is not None:
+            files["models"] = self.storage.seal(tensors.pop("shared.models"))
         # Copies: a commit writes into the table, and this state must stay what it is.
-        tensors |= {f"rows.{n}": t.clone() for n, t in self._table.items()}
+        tensors |= {f"rows.{n}": t.clone() for n, t in self._roster.tables.items()}
         facts = {
             **self._identity(),
             "version": self.version,
-            "clients": list(self._places),
+            "clients": list(self.clients),
             "refused": dict(self.refused),
             "refused_by": {client: dict(c) for client, c in self.refused_by.items()},
             "guard": self.safety.guard.to_json(),
+            "files": files,
         }
         return tensors, facts
 
@@ -290,18 +389,26 @@ class Soup:
                     f"{where} is of another run: its {name} is {facts.get(name)}, wanted {own}; "
                     "use another folder, or the settings it was made with"
                 )
+        shared = _part(tensors, "shared.")
+        if "models" in facts["files"]:
+            shared["models"] = self.storage.open(facts["files"]["models"], where)
+        elif self.storage.folder is not None:
+            shared["models"] = self.storage.keep(shared["models"], int(facts["version"]))
         self.version = int(facts["version"])
-        self._places = {client: i for i, client in enumerate(facts["clients"])}
         self.refused = Counter(facts["refused"])
         self.refused_by = {c: Counter(n) for c, n in facts["refused_by"].items()}
         self.safety.guard.restore(facts.get("guard", {}))
-        self.shared = _part(tensors, "shared.")
-        self._table = {n: t.clone() for n, t in _part(tensors, "rows.").items()}
+        self.shared = shared
+        tables = {n: t.clone() for n, t in _part(tensors, "rows.").items()}
+        self._roster = Roster.holding(
+            partial(self.algorithm.rows, self.setup), facts["clients"], tables
+        )
         self._reset_round()
 
     def save(self, folder: Path | str) -> None:
         """Write the last commit to `folder`; a kill leaves this one or the one before, whole."""
         save_state(Path(folder), *self.state())
+        self.storage.saved()
 
     def load(self, folder: Path | str) -> None:
         """Read what `save` wrote. Raises StateError if it is damaged or of another run."""
@@ -314,20 +421,12 @@ class Soup:
             "method": {"name": self.algorithm.name, **options},
             "model": self.setup.layout.fingerprint,
             "seed": self.setup.seed,
+            "storage": self.storage.kept,
         }
 
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _finite(delta: Tensor) -> list[bool]:
-    # A sum is finite only if every number is, save for overflow: look closer only then.
-    delta = delta.flatten(1)
-    sums = torch.isfinite(delta.double().sum(-1))
-    return [
-        bool(ok) or bool(torch.isfinite(row).all()) for ok, row in zip(sums, delta, strict=True)
-    ]
 
 
 def _digests(rows: Tensors, k: int) -> list[str]:

@@ -31,7 +31,8 @@ class Setup:
 
     Attributes:
         layout: of the rows.
-        initial: initial(j) is the j-th independent random initialisation (P,); at the server only.
+        initial: initial(j) is the j-th independent random initialisation (P,); at the server only,
+            and not for `send` and `fold`, which may be done where the clients' data are.
         seed: of the run.
         n_inputs: numbers in one flattened input; 0 where it is not known.
     """
@@ -217,6 +218,17 @@ class Fold:
     sum: ModelSum | None = None
     parts: list[Tensors] = field(default_factory=list)
 
+    def join(self, other: Fold) -> None:
+        """Add what another fold of the same round, over other clients, has gathered.
+
+        So folding in two places is folding in one: `Algorithm.fold` only ever adds.
+        """
+        if self.sum is None:
+            self.sum = other.sum
+        elif other.sum is not None:
+            self.sum.join(other.sum)
+        self.parts += other.parts
+
     def gathered(self, name: str) -> Tensor:
         """The parts called `name`, in the order in which they were folded."""
         return torch.cat([part[name] for part in self.parts])
@@ -229,12 +241,15 @@ class Algorithm:
     Class attributes:
         name: as in the registry.
         sends_update: whether clients send a row back.
+        streams: whether `fold` is done with the updates when it returns. Methods that keep them are
+            given a copy.
         grid: what tuning may try: at most 8 points, each a value for some of the method's options
             or of `lr` and `epochs`, the most promising first; the defaults are tried as well.
     """
 
     name: ClassVar[str]
     sends_update: ClassVar[bool] = True
+    streams: ClassVar[bool] = False
     grid: ClassVar[Sequence[Mapping[str, object]]] = ({"lr": 0.1}, {"lr": 0.5}, {"lr": 0.03})
 
     def resolve(self, n_clients: int | None) -> Self:
@@ -287,6 +302,10 @@ class Algorithm:
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
         """(k, r, P): the r models that each of k clients receives."""
         return shared["models"].expand(k, -1, -1)
+
+    def send_into(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor) -> Tensor:
+        """As `send`, for len(out) clients; may write to `out`, and return a view of it."""
+        return self.send(setup, shared, rows, len(out))
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         """What the clients do with their message (k, r, P)."""

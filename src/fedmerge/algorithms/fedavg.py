@@ -20,6 +20,7 @@ class FedAvg(Algorithm):
     """FedAvg."""
 
     name: ClassVar[str] = "fedavg"
+    streams: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,12 @@ class FedMergePaper(Algorithm):
         return merging_weights(rows["logits"])
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
-        return merge_weighted(shared["models"], merging_weights(rows["logits"]))[:, None]
+        weights = merging_weights(rows["logits"])
+        return merge_weighted(shared["models"], weights, dtype=setup.layout.dtype)[:, None]
+
+    def send_into(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor) -> Tensor:
+        weights, dtype = merging_weights(rows["logits"]), setup.layout.dtype
+        return merge_weighted(shared["models"], weights, dtype=dtype, out=out[:, 0])[:, None]
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         start = message[:, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..params import Layout
@@ -31,7 +32,7 @@ class LocalOnly(Algorithm):
         return {"model": setup.initial(0).repeat(k, 1)}
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
-        return setup.initial(0).new_empty(k, 0, setup.layout.size)
+        return torch.empty(k, 0, setup.layout.size, dtype=setup.layout.dtype)
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         end, steps = trainer.fit(memory["model"])

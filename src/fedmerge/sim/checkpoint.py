@@ -6,7 +6,6 @@ are replaced, is decided elsewhere.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 
 from ..algorithms import Tensors
 from ..errors import StateError
-from ..local import Examples
 from ..soup import Soup
 from ..store import load_state, save_state
 from .evaluation import Evaluation, better
@@ -70,6 +68,7 @@ def save(folder: Path, identity: Mapping[str, Any], soup: Soup, progress: Progre
         "weights": progress.weights.rounds,
     }
     save_state(folder, tensors, facts)
+    soup.storage.saved()
 
 
 def load(
@@ -111,11 +110,3 @@ def load(
         evaluations.get("best"),
         WeightHistory(list(facts["weights"]), list(tensors.get("weights", torch.empty(0)))),
     )
-
-
-def digest(examples: Examples) -> str:
-    """A digest of all numbers in a pool of examples."""
-    made = hashlib.blake2b(digest_size=8)
-    for part in (examples.x, examples.y):
-        made.update(part.contiguous().view(torch.uint8).numpy().data)
-    return made.hexdigest()
