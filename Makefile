@@ -37,10 +37,11 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
+# With the tests of a real federation, which mostly wait: the other worker goes on meanwhile.
 test: check
 	$(BIN)/python -m pytest -n auto
 
-# Federations of several processes, parts of which are killed: about six minutes.
+# Federations of several processes, parts of which are killed: about four minutes.
 test-federation: setup-dev
 	$(BIN)/python -m pytest -m federation
 

@@ -27,6 +27,9 @@ from fedmerge import FedAvg, Soup, Updates
 from fedmerge.local import batches
 from fedmerge.rng import numpy_generator
 
+# Ray ends its servers without waiting for them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 TASKS = [w1(TINY.w1_clients), w2(TINY.w2_clients, TINY.w2_images)]
 
 

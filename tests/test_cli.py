@@ -64,7 +64,7 @@ def call(*arguments: object) -> Result:
 
 
 def timeless(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key != "seconds"}
+    return {key: value for key, value in result.items() if key not in ("seconds", "execution")}
 
 
 # -- the process as a whole ------------------------------------------------------------------------
@@ -170,14 +170,16 @@ OTHER: dict[str, object] = {
     "clip": 0.125,
     "seed": 13,
     "evaluate_every": 2,
+    "evaluate_on": 0.5,
     "execution": "sequential",
     "workers": 3,
+    "address": "auto",
     "threads": 2,
     "track": "tensorboard",
 }
 
 
-NAMED = ("data", "setting", "method", "chosen", "seed", "workers")
+NAMED = ("data", "setting", "method", "chosen", "seed", "workers", "address")
 """Settings that `fedmerge compare` has no option for, or another one."""
 
 
@@ -251,6 +253,7 @@ def test_every_other_setting_is_an_option_of_compare(
         named = {key: cell.config[key] for key in NAMED}
         assert named["workers"] is None  # --workers is that of the comparison itself
         assert named["chosen"] is None
+        assert named["address"] is None
         assert {**own, **named} == cell.config
         data = Path(named["data"]).name
         assert cell.name == f"{data}--{named['setting']}--fedavg--s{named['seed']}"
@@ -272,6 +275,31 @@ def test_run_prints_its_result_and_no_progress_without_a_terminal() -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     for text in ("accuracy", "worst tenth", "merged", "tuned", "local", "per client and round"):
         assert text in result.stdout
+
+
+def test_a_profile_says_where_the_time_went(tmp_path: Path) -> None:
+    shown = call("run", *TINY, "--profile", "--out", tmp_path)
+    assert shown.exit_code == 0, shown.stderr
+    found = json.loads((tmp_path / "profile.json").read_text())
+    logs = [json.loads(line)["seconds"] for line in lines(tmp_path / "log.jsonl")]
+    assert found["rounds"] == len(logs) == 2
+    phases = found["phases"]
+    for phase in ("send", "local", "fold", "commit", "evaluate"):
+        seconds = sum(log[phase] for log in logs)
+        assert phases[phase]["seconds"] == pytest.approx(seconds)
+        assert phases[phase]["per_round"] == pytest.approx(seconds / 2)
+    for phase in ("start", "data", "log", "save", "result", "other"):
+        assert phases[phase]["seconds"] > 0
+    assert sum(one["seconds"] for one in phases.values()) == pytest.approx(found["seconds"])
+    assert sum(one["share"] for one in phases.values()) == pytest.approx(1)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert found["execution"] == result["execution"]
+    assert result["execution"] in shown.stdout
+    for phase in phases:
+        assert f"\n  {phase} " in shown.stdout
+    again = call("run", *TINY, "--profile", "--out", tmp_path)  # nothing was run, so no profile
+    assert "Where the time went" not in again.stdout
+    assert json.loads((tmp_path / "profile.json").read_text()) == found
 
 
 def test_a_finished_run_is_shown_and_not_run_again(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from fedmerge.errors import ConfigError, MissingExtraError, StateError
 
 SOURCE = Path(__file__).parents[1] / "src"
 ROWS = (
-    "data setting method seed at model round accuracy accuracy_std accuracy_worst_decile auc loss "
+    "data setting method seed at model round accuracy accuracy_std accuracy_error "
+    "accuracy_worst_decile auc loss "
     "better_than_local better_than_fedavg gap_train gap_test rounds seconds bytes_up bytes_down "
     "chosen cost_down cost_up cost_client cost_server cost_server_per_client cost_passes"
 )
@@ -298,7 +299,9 @@ def test_results_are_complete_and_in_the_order_asked_for(tmp_path: Path) -> None
         assert shown[method][-7] == f"{rank:.1f}"
     # down, up, client, server, per client, passes
     assert shown["fedavg"][-6:] == ["1", "1", "0", "1", "0", "1"]
-    assert shown["fedmerge:d=2"][-6:-2] == ["1", "1", "0", "2"]
+    # Beside 2 models, what is kept of 4 peers: sketches of 2 blocks, and 2 rows for each of these.
+    peers = 4 * 2 * (4 * 256 + 2 * 8 * 2) / (4 * 310)
+    assert shown["fedmerge:d=2"][-6:-2] == ["1", "1", "0", f"{2 + peers:.2g}"]
 
     # The page is an extra: without it, all the rest is there.
     def missing(_: Path) -> Path:

@@ -18,6 +18,7 @@ import torch
 from fedmerge.compare.folder import read_result, write_result
 from fedmerge.config import RunConfig, load_config
 from fedmerge.errors import ConfigError, StateError
+from fedmerge.sim.cluster import Cluster
 from fedmerge.sim.execute import EXECUTIONS
 from fedmerge.sim.processes import Processes
 
@@ -51,8 +52,10 @@ def test_defaults_are_those_of_the_evidence() -> None:
         "clip": None,
         "seed": 0,
         "evaluate_every": 1,
+        "evaluate_on": 1.0,
         "execution": "auto",
         "workers": None,
+        "address": None,
         "threads": 1,
         "track": None,
     }
@@ -85,7 +88,7 @@ def test_a_file_is_read_and_options_go_over_it(tmp_path: Path) -> None:
         ("rounds = = 3", "c.toml is not a TOML file: Invalid value"),
         (
             'execution = "fast"\nclip = 0',
-            'execution: got "fast", wanted one of auto, stacked, sequential, processes',
+            'execution: got "fast", wanted one of auto, stacked, sequential, processes, ray',
         ),
         ('chosen = "lr"', 'chosen: got "lr", wanted key=value:key=value, each key once, or none'),
         ('chosen = "lr=1:lr=2"', 'chosen: got "lr=1:lr=2", wanted key=value:key=value'),
@@ -225,6 +228,7 @@ CHANGED: dict[str, object] = {
     "clip": 0.1,
     "seed": 1,
     "evaluate_every": 2,
+    "evaluate_on": 0.5,
 }
 
 
@@ -252,6 +256,11 @@ def test_every_setting_arrives(name: str, base: dict[str, Any]) -> None:
         executor = config.simulation(config.federation())._executor
         assert isinstance(executor, Processes)
         assert executor.size == 2
+    elif name == "address":
+        config = load_config(None, {**TINY, "execution": "ray", "address": "head:6379"})
+        executor = config.simulation(config.federation())._executor
+        assert isinstance(executor, Cluster)
+        assert executor.address == "head:6379"
     else:
         assert json.dumps(_outcome({name: CHANGED[name]})) != json.dumps(base)
 

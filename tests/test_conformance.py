@@ -130,8 +130,8 @@ def test_absent_clients_are_left_untouched(method: str) -> None:
         before = {n: t.clone() for n, t in simulation._memory.items()}
         rows = simulation.soup.rows(ids)
         next(rounds)
-        cohort = set(simulation._cohort(number))
-        here = {i for i in cohort if not simulation._drops(number, i)}
+        cohort = set(simulation.draws.cohort(number))
+        here = {i for i in cohort if not simulation.draws.drops(number, i)}
         away = [i for i in range(8) if i not in here]
         after = simulation.soup.rows(ids)
         for old, new in ((before, simulation._memory), (rows, after)):

@@ -18,10 +18,10 @@ from torch.nn import functional
 from core_fixture import N_CLASSES, N_FEATURES, net, norm_net, normal
 from fedmerge.engine import EVALUATION_BATCH, Engine
 from fedmerge.errors import ConfigError, ModelError
-from fedmerge.local import Examples, Proximal, Training, batches
+from fedmerge.local import Examples, Proximal, Training, batches, plan
 from fedmerge.models import mlp
 from fedmerge.params import Layout, build
-from fedmerge.rng import numpy_generator
+from fedmerge.rng import numpy_generator, numpy_generators
 
 SIZES = (7, 16, 3, 11)  # with batches of 4: full ones, short ones, fewer examples than a batch
 KEYS = [(2, name, "train") for name in "abcd"]
@@ -560,3 +560,42 @@ def test_rows_of_another_model_are_refused(execution: str) -> None:
         engine.fit(rows[:, 1:], data, KEYS, seed=0, epochs=1)
     with pytest.raises(ModelError, match="a row has 38 numbers"):
         figures(engine, rows[:, 1:], data)
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def test_generators_in_turn_are_generators_of_their_own() -> None:
+    names = [("a", 1), ("b",), ("a", 1)]
+    for name, generator in zip(names, numpy_generators(5, names), strict=True):
+        own = numpy_generator(5, *name)
+        # 32-bit draws leave half a word behind, which must not reach the next one.
+        for _ in range(3):
+            assert generator.integers(0, 100, dtype=np.uint32) == own.integers(
+                0, 100, dtype=np.uint32
+            )
+        assert (generator.permutation(9) == own.permutation(9)).all()
+        assert generator.normal() == own.normal()
+
+
+def test_a_plan_is_the_batches_of_each_client_side_by_side() -> None:
+    """Against one made client by client and step by step."""
+    counts, size, epochs = [7, 0, 4, 1, 12], 4, 3
+    data = Examples.of([(torch.zeros(n, 1), torch.zeros(n, dtype=torch.int64)) for n in counts])
+    keys = [(2, f"c{i}") for i in range(5)]
+    order = np.array([4, 0, 2, 3, 1])
+    index, weight = plan(data, keys, order, 9, epochs, size)
+    assert index.shape == weight.shape == (5, 9, 4)
+    for place, i in enumerate(order):
+        wanted = [
+            part + data.start[i]
+            for epoch in batches(counts[i], epochs, numpy_generator(9, *keys[i]))
+            for part in np.split(epoch, range(size, counts[i], size))
+            if len(part)
+        ]
+        for t in range(9):
+            batch = wanted[t] if t < len(wanted) else np.zeros(0)
+            b = len(batch)
+            assert index[place, t, :b].tolist() == batch.tolist()
+            assert not index[place, t, b:].any()
+            assert weight[place, t].tolist() == [1 / b for _ in range(b)] + [0.0] * (size - b)

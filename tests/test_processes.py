@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import current_process
@@ -28,7 +29,7 @@ from fedmerge.errors import ConfigError, FedmergeError, MissingExtraError, State
 from fedmerge.sim import Simulation
 from fedmerge.sim import processes as module
 from fedmerge.sim.execute import Parcel
-from fedmerge.sim.mail import Answering, Asking
+from fedmerge.sim.mail import Answering, Asking, Bundle
 from fedmerge.sim.processes import Failure, Processes
 from fedmerge.workers import Worker, Workers
 from test_conformance import finish, short, states
@@ -252,6 +253,13 @@ def test_it_gives_up_after_three_kills_and_the_checkpoint_goes_on(tmp_path: Path
     assert same(finish(resumed), run(Hurt(folder=str(flags)), CLIENTS, **RAGGED))
 
 
+def test_a_task_that_gets_lost_is_said_rather_than_waited_for() -> None:
+    executor = distributed()._executor
+    assert isinstance(executor, Processes)
+    with pytest.raises(RuntimeError, match="a task is with no worker and has no result"):
+        executor._hear(deque())
+
+
 @pytest.mark.usefixtures("kept")
 def test_errors_of_a_worker_arrive(tmp_path: Path) -> None:
     made = distributed(Hurt(folder=str(tmp_path)), 1, rounds=9)
@@ -403,6 +411,12 @@ def test_tensors_of_every_kind_go_there_and_back_through_the_same_memory() -> No
         asking.slots[0].answer.fill_(7)
         check(dict(heard))
     assert len(buffers) == 1
+    for part in (value, {"none": value["none"], "plain": value["plain"]}, {"plain": (1, "two")}):
+        bundle = Bundle.of(part)
+        bundle.buffer.flags.writeable = False  # as it comes out of Ray's store
+        found = bundle.open()
+        assert all(tensor.add_(1) is tensor for name, tensor in found.items() if name == "row")
+        check(dict(bundle.open()))
     here.close()
     there.close()
 

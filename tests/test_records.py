@@ -380,7 +380,8 @@ def test_a_checkpoint_of_other_data_is_refused(split: str, part: str, tmp_path: 
 
 TINY = {"clients": 6, "rounds": 3, "epochs": 1, "hidden": 4, "setting": "domain", "lr": 1.0}
 ROWS = (
-    "data setting method seed at model round accuracy accuracy_std accuracy_worst_decile auc loss "
+    "data setting method seed at model round accuracy accuracy_std accuracy_error "
+    "accuracy_worst_decile auc loss "
     "better_than_local better_than_fedavg gap_train gap_test rounds seconds bytes_up bytes_down "
     "chosen cost_down cost_up cost_client cost_server cost_server_per_client cost_passes"
 )

@@ -21,7 +21,8 @@ from fedmerge.engine import Engine
 from fedmerge.errors import ConfigError
 from fedmerge.local import Mixture, Training, batches
 from fedmerge.rng import numpy_generator
-from fedmerge.sim.execute import GroupTrainer, Population
+from fedmerge.sim.execute import GroupTrainer
+from fedmerge.sim.population import Population
 from fedmerge.soup import Soup
 
 F64 = torch.float64

@@ -16,7 +16,7 @@ from fedmerge import ConfigError, FedAvg, FedMerge, Layout, ModelError, Soup, Up
 from fedmerge.algorithms import IFCA
 from fedmerge.codec import Codec, cut, decode, n_bytes, spread
 from fedmerge.guard import Guard
-from fedmerge.privacy import Privacy, noisy_rows
+from fedmerge.privacy import Privacy, PrivateSum, noisy_rows
 from fedmerge.robust import trimmed_mean
 from fedmerge.safety import Safety
 
@@ -293,13 +293,45 @@ def test_one_client_changes_the_sum_by_the_clipping_length_at_most() -> None:
     for logits in (torch.zeros(3), torch.tensor([9.0, 0.0, -9.0])):
         soup = soup_with(FedMerge(d=3), Safety(privacy=Privacy(0.5, noise=1.0, seed=0)))
         soup.join(["c0"])
-        soup._table["logits"][:] = logits.double()
+        soup._roster.tables["logits"][:] = logits.double()
         fold(soup, 100 * draw(1, SIZE))
         total = soup._round.sum
         assert total is not None
         assert torch.linalg.vector_norm(total.total) <= 0.5 * (1 + 1e-6)
         bound = math.sqrt(len(soup.setup.layout.blocks))
         assert torch.linalg.vector_norm(total.mass) <= bound * (1 + 1e-9)
+
+
+def test_the_two_sums_have_noise_of_their_own_scales() -> None:
+    """What is released: sums of updates, scaled by clip; of weights, by the root of the blocks."""
+    sums = []
+    for seed in range(400):
+        made = PrivateSum.of(3, 4, ((0, 50, 0),), 50)
+        made.mass += 1000.0  # far from where a model without weight is left alone
+        made.privacy = Privacy(clip=0.7, noise=1.5, seed=seed)
+        made.add_noise()
+        sums.append(torch.cat([made.total.flatten(), made.mass.flatten() - 1000]))
+    noise = torch.stack(sums)
+    models, weights = noise[:, :150], noise[:, 150:]
+    assert models.std().item() == pytest.approx(1.5 * 0.7, rel=0.02)
+    assert weights.std().item() == pytest.approx(1.5 * 2.0, rel=0.03)
+    assert abs(float((models[:, 0] * weights[:, 0]).mean())) < 4 * (1.05 * 3.0) / 20  # 400 draws
+
+
+def test_with_privacy_no_client_decides_whether_anothers_update_counts() -> None:
+    """Six long updates raise the running median: the last is taken in either case, clipped."""
+    for others in (0.01, 100.0):
+        safety = Safety(guard=Guard(2.0, 5), privacy=Privacy(0.5, noise=1.0, seed=0))
+        soup = soup_with(FedAvg(), safety)
+        fold(soup, others * draw(6, SIZE))
+        before = soup._round.sum.total.clone()  # type: ignore[union-attr]
+        soup.join(["last"])
+        ticket = soup.send(["last"]).tickets[0]
+        one = torch.ones(1)
+        refused = soup.fold(Updates((ticket,), draw(1, SIZE), one, one, one.double(), {}))
+        assert not refused
+        added = soup._round.sum.total - before  # type: ignore[union-attr]
+        assert torch.linalg.vector_norm(added).item() == pytest.approx(0.5, rel=1e-5)
 
 
 def test_noise_on_rows_has_the_stated_scale() -> None:

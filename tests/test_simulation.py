@@ -114,7 +114,7 @@ def test_the_gap_is_what_merging_costs_the_participants() -> None:
     ids = [client.id for client in simulation.clients]
     for log in simulation.rounds():
         received = simulation.soup.message(ids)[:, 0]  # after the round: of the next one
-        here = simulation._cohort(log.round)
+        here = simulation.draws.cohort(log.round)
         assert 0 < len(here) < len(ids)
         for split, gap in (("train", log.gap_train), ("test", log.gap_test)):
             merged = measure(simulation, received, split).loss[here].mean()
@@ -135,7 +135,7 @@ def test_the_statistics_of_the_rows() -> None:
         weights = simulation.soup.weights()
         assert weights is not None
         assert log.rows is not None
-        here = np.array(simulation._cohort(log.round))
+        here = np.array(simulation.draws.cohort(log.round))
         w, old = weights.numpy(), before.numpy()
         entropy = [-sum(p * math.log(p) for p in row) for row in w.reshape(-1, 3)]
         assert log.rows["entropy"] == pytest.approx(np.mean(entropy), rel=1e-9)
@@ -171,9 +171,9 @@ def test_cohorts_are_drawn_anew_and_dropouts_counted() -> None:
     seen: list[tuple[int, ...]] = []
     dropped = 0
     for log in simulation.rounds():
-        cohort = simulation._cohort(log.round)
+        cohort = simulation.draws.cohort(log.round)
         assert log.cohort == len(cohort) == len(set(cohort)) == 10
-        assert log.dropped == sum(simulation._drops(log.round, i) for i in cohort)
+        assert log.dropped == sum(simulation.draws.drops(log.round, i) for i in cohort)
         seen.append(tuple(cohort))
         dropped += log.dropped
     assert len(set(seen)) > 35
@@ -188,7 +188,7 @@ def test_who_drops_out_sends_nothing() -> None:
     found = False
     for number in range(1, 7):
         before = simulation.soup.shared["models"]
-        here = [i for i in range(6) if not simulation._drops(number, i)]
+        here = [i for i in range(6) if not simulation.draws.drops(number, i)]
         trainer = simulation._side.trainer(here, number)
         end, _ = trainer.fit(before.expand(len(here), -1)) if here else (before, None)
         n = trainer.n_examples.double()

@@ -1,7 +1,7 @@
 """The command line: `fedmerge run | compare | data | report`.
 
-It reads options, shows progress and results, and turns every error into one line; it computes
-nothing, and loads the heavy parts only inside the command that needs them.
+It reads options, and shows progress and results; it computes nothing, and loads the heavy parts
+only inside the command that needs them.
 """
 
 from __future__ import annotations
@@ -9,95 +9,21 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .config import RunConfig, load_config, prepare_worker, run_cell
 from .deploy.command import deploy, status
-from .errors import ConfigError, FedmergeError, did_you_mean
+from .errors import ConfigError
+from .lines import OneLine, StoppedError, complain, debugging
 
 if TYPE_CHECKING:
     from .compare.cells import Cell
     from .sim import RoundLog
-
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-
-
-class StoppedError(Exception):
-    """Ctrl-C; the text says what was kept."""
-
-
-class OneLine(TyperGroup):
-    """The group of commands; whatever goes wrong in one ends as a line on stderr."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Run the command line and end the process with its exit code."""
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _each_once()
-                code = super().main(*args, **{**options, "standalone_mode": False})
-        except StoppedError as error:
-            _complain(str(error))
-            code = 130
-        except FedmergeError as error:
-            _complain(str(error))
-            code = 2
-        except UsageError as error:
-            _complain(_usage_text(error))
-            code = 2
-        except OSError as error:
-            what = f"{error.filename}: " if error.filename else ""
-            _complain(f"{what}{error.strerror or error}; what is written stays whole")
-            code = 2
-        sys.exit(code if isinstance(code, int) else 0)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command, where Ctrl-C is not yet turned into something else."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise StoppedError("stopped; nothing was under way that had to be kept") from error
-
-
-def _debugging() -> bool:
-    return os.environ.get("FEDMERGE_DEBUG") == "1"
-
-
-def _complain(text: str) -> None:
-    if _debugging() and sys.exc_info()[0] is not None:
-        traceback.print_exc()
-    if text:  # without a command, the help is shown already
-        print(f"fedmerge: {' '.join(text.split())}", file=sys.stderr)
-
-
-def _each_once() -> Callable[..., None]:
-    """Return what shows a warning as a line, the same line only once."""
-    shown: set[str] = set()
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = " ".join(str(message).split())
-        if text not in shown:
-            shown.add(text)
-            print(f"fedmerge: warning: {text}", file=sys.stderr)
-
-    return show
-
-
-def _usage_text(error: Exception) -> str:
-    option, near = (getattr(error, name, None) for name in ("option_name", "possibilities"))
-    if option is not None and near:
-        return f'unknown option "{option}"{did_you_mean(option, near)}'
-    text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
-    context = getattr(error, "ctx", None)
-    return f"{text} Try: {context.command_path} --help" if text and context is not None else text
-
 
 app = typer.Typer(
     cls=OneLine, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -187,6 +113,9 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for log, checkpoint and result")] = None,
     quiet: Annotated[bool, QUIET] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="seconds by phase at the end, and in profile.json")
+    ] = False,
     checkpoint_seconds: Annotated[float, SECONDS] = 30,
     **overrides: str,
 ) -> None:
@@ -196,7 +125,9 @@ def run(
     done = 0
     try:
         from .compare import folder, screen
+        from .compare.profile import Profile
 
+        spent = Profile()
         if out is not None:
             folder.check_writable(out)
             folder.check_config(out, settings.model_dump(mode="json"))
@@ -209,17 +140,21 @@ def run(
                 done = log.round
                 show(log)
 
-            result = settings.run(out, on_round, checkpoint_seconds)
+            result = settings.run(out, on_round, checkpoint_seconds, spent, True)
     except KeyboardInterrupt as error:
         kept = "nothing was kept, as no --out was given"
         if out is not None:
             kept = f"{out} keeps what was done, and the same command goes on from there"
         raise StoppedError(f"stopped after round {done} of {settings.rounds}; {kept}") from error
     screen.print_result(result)
+    if profile and spent.rounds:
+        screen.print_profile(spent)
+        if out is not None:
+            folder.write_json(out / folder.PROFILE, spent.to_json())
 
 
 @app.command()
-@config_options("data", "setting", "method", "chosen", "seed", "workers")
+@config_options("data", "setting", "method", "chosen", "seed", "workers", "address")
 def compare(
     out: Annotated[Path, typer.Option(help="folder for runs, results and report.html")],
     preset: Annotated[
@@ -262,10 +197,10 @@ def compare(
 ) -> None:
     """Run every method in every setting with every seed; started again, it goes on."""
     shared = load_config(None, overrides)  # the options first: they are checked at once
-    if shared.execution == "processes":
+    if shared.execution in ("processes", "ray"):
         raise ConfigError(
-            "--execution processes is for `fedmerge run`: a comparison runs its cells in --workers "
-            "processes already, which may not start others"
+            f"--execution {shared.execution} is for `fedmerge run`: a comparison runs its cells in "
+            "--workers processes already, which may not start others"
         )
     shared.trackers()
     from .compare.presets import Names, make_protocol
@@ -328,18 +263,18 @@ def compare(
         )
         raise StoppedError(f"stopped; {kept}; the same command goes on from there") from error
     for failure in failures:
-        if _debugging():
+        if debugging():
             print(failure.details, file=sys.stderr)
-        _complain(f"{failure.cell.name}: {failure.error}")
+        complain(f"{failure.cell.name}: {failure.error}")
     for name, choice in plan.failures().items():
-        _complain(
+        complain(
             f"{name} was not tuned, as {len(choice.failed)} of its trials failed: it has the "
             f"method's defaults; remove {out}/tuning/{name}.json and {out}/runs/{name}--s* and "
             "give the same command to tune it again"
         )
     lost = [failure.cell for failure in failures if failure.cell.root == parts.RUNS]
     if lost:
-        _complain(
+        complain(
             f"{len(lost)} of {len(cells)} cells failed; the others are kept in {out}, "
             "and the same command runs only those that failed again"
         )

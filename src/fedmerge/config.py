@@ -7,8 +7,10 @@ each value by itself, and leaves names of data sets, methods and models to the p
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -19,6 +21,7 @@ from .compare.cells import TUNED, chosen_values
 from .errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
+    from .compare.profile import Profile
     from .data import Federation
     from .sim import RoundLog, Simulation
 
@@ -68,11 +71,17 @@ class RunConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="seed of every random draw")
     evaluate_every: int = Field(1, ge=1, description="rounds from one evaluation to the next")
-    execution: Literal["auto", "stacked", "sequential", "processes"] = Field(
-        "auto", description="how clients are trained: auto, stacked, sequential or processes"
+    evaluate_on: float = Field(
+        1.0, gt=0, le=1, description="share of the clients that an evaluation measures"
+    )
+    execution: Literal["auto", "stacked", "sequential", "processes", "ray"] = Field(
+        "auto", description="how clients are trained: auto, stacked, sequential, processes or ray"
     )
     workers: int | None = Field(
-        None, ge=1, le=1024, description="worker processes, or none for one on each CPU"
+        None, ge=1, le=1024, description="most worker processes, or none for one on each CPU"
+    )
+    address: Text | None = Field(
+        None, description="of a running Ray cluster, host:port or auto, or none for one of its own"
     )
     threads: int = Field(1, ge=1, description="CPU threads of a process")
     track: Text | None = Field(
@@ -131,11 +140,17 @@ class RunConfig(BaseModel):
         )
 
     def simulation(
-        self, federation: Federation, checkpoint: Path | None = None, checkpoint_seconds: float = 30
+        self,
+        federation: Federation,
+        checkpoint: Path | None = None,
+        checkpoint_seconds: float = 30,
+        spawning: bool = False,
     ) -> Simulation:
         """Return the simulation of this run with the clients of `federation`.
 
         Args:
+            spawning: with execution "auto", whether it may start worker processes: not from a
+                script, which each of them would run again.
             checkpoint: folder in which the simulation keeps its state, or None.
             checkpoint_seconds: time from one state to the next.
 
@@ -151,6 +166,7 @@ class RunConfig(BaseModel):
 
         torch.set_num_threads(self.threads)
         settled = self.settled()
+        most = os.cpu_count() if spawning and self.execution == "auto" else None
         return Simulation(
             make_method(settled.method),
             federation,
@@ -168,8 +184,10 @@ class RunConfig(BaseModel):
             dropout=self.dropout,
             seed=self.seed,
             evaluate_every=self.evaluate_every,
+            evaluate_on=self.evaluate_on,
             execution=self.execution,
-            workers=self.workers,
+            workers=self.workers or most,
+            address=self.address,
             checkpoint=checkpoint,
             checkpoint_seconds=checkpoint_seconds,
         )
@@ -179,18 +197,24 @@ class RunConfig(BaseModel):
         folder: Path | None = None,
         on_round: Callable[[RoundLog], object] = lambda log: None,
         checkpoint_seconds: float = 30,
+        profile: Profile | None = None,
+        spawning: bool = False,
     ) -> dict[str, Any]:
         """Run this, or go on with what `folder` holds of it; return what result.json holds.
+
+        `profile` takes in the seconds of each phase; for `spawning` see `simulation`.
 
         Raises:
             FedmergeError: settings that do not fit each other, or a folder that cannot be used.
         """
+        with profile("start") if profile else nullcontext():
+            import_core()
         from .compare.execute import execute
         from .compare.folder import read_result
         from .compare.trackers import tracked
 
         def build(checkpoint: Path | None) -> Simulation:
-            return self.simulation(self.federation(), checkpoint, checkpoint_seconds)
+            return self.simulation(self.federation(), checkpoint, checkpoint_seconds, spawning)
 
         def seen(log: RoundLog) -> None:
             tracker.on_round(log)
@@ -199,7 +223,7 @@ class RunConfig(BaseModel):
         config = self.model_dump(mode="json")
         finished = folder is not None and read_result(folder) is not None
         with tracked([] if finished else self.trackers(), config, folder) as tracker:
-            result = execute(config, build, folder, seen)
+            result = execute(config, build, folder, seen, profile)
             tracker.finish(result)
         return result
 

@@ -6,10 +6,8 @@ with a step of its own makes it from `Engine.steps`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,14 +17,20 @@ from torch.nn import functional
 from .errors import ConfigError, ModelError
 from .local import Examples, Index, Mixture, Proximal, Training, batches, plan, sgd_step
 from .ops import Batch
-from .params import Layout
+from .params import Layout, copied
 from .rng import derive, numpy_generator, torch_generator
 from .stack import StackedNet
+from .steps import Step
 
 Key = tuple[int | str, ...]
 Found = tuple[Tensor, Tensor, Tensor]
 """Loss, accuracy and area under the ROC curve of k clients; see `Engine.measure`."""
 EVALUATION_BATCH = 512
+LARGEST_STACKED = 2**20
+"""Largest row, in numbers, that "auto" stacks. Measured on one core, stacked over sequential: .07
+at 2,410 numbers, .2 at 17 thousand, .6 at 160 thousand, .9 at 670 thousand, 1.3 at 4.3 million,
+much the same for batches of 8 and 32: a large model keeps the core busy by itself, and several do
+not fit its cache."""
 
 
 class Engine:
@@ -37,7 +41,13 @@ class Engine:
         layout: its layout.
         training: how clients train.
         execution: "stacked" (one batched step for all given clients), "sequential" (one client
-            after another) or "auto" (stacked where possible).
+            after another) or "auto" (stacked where that is possible and faster). Which of the two
+            is the module's affair alone, by its layers and its size: they agree to float rounding
+            only, so a choice by time would make results depend on what else the machine was doing.
+
+    Attributes:
+        net: the stacked network, None where clients are trained one by one.
+        reason: why they are, in words, unless it was asked for.
 
     Raises:
         ConfigError: "stacked" for a module with a layer that cannot be stacked; it is named.
@@ -52,15 +62,20 @@ class Engine:
             )
         self.layout = layout
         self.training = training
-        self.module = copy.deepcopy(module)
+        self.module = copied(module)
         self.net: StackedNet | None = None
-        if execution != "sequential":
+        self.reason = ""
+        if execution == "auto" and layout.size > LARGEST_STACKED:
+            self.reason = f"at {layout.size:,} numbers a model, stacks are no faster"
+        elif execution != "sequential":
             found = StackedNet.of(self.module, layout)
             if isinstance(found, StackedNet):
                 self.net = found
-            elif execution == "stacked":
+                return
+            self.reason = f"{found} cannot be stacked"
+            if execution == "stacked":
                 raise ConfigError(
-                    f'execution = "stacked": {found} cannot be stacked; use "sequential" or "auto"'
+                    f'execution = "stacked": {self.reason}; use "sequential" or "auto"'
                 )
 
     def fit(
@@ -181,7 +196,7 @@ class Engine:
         """Loss (k, B), rightness (k, B) 0 or 1, and with two classes log-odds of the second one
         (k, B), of the examples of the pool at index (k, B); 0 at places that are not real."""
         if self.net is not None:
-            found = self._judge(model, examples.x[index], examples.y[index])
+            found = self._judge(model, *examples.at(index))
             # A padded place may hold an infinite loss, and 0 * inf would be NaN.
             each, right = (torch.where(real, part, 0.0) for part in found[:2])
             return each, right, found[2]
@@ -192,7 +207,7 @@ class Engine:
             for at in torch.split(real[i].nonzero()[:, 0], EVALUATION_BATCH):
                 if len(at):
                     here = index[i, at]
-                    found = self._judge(own, examples.x[here][None], examples.y[here][None])
+                    found = self._judge(own, *examples.at(here[None]))
                     two = found[2] is not None
                     for part, value in zip(made, found, strict=True):
                         if value is not None:
@@ -293,8 +308,8 @@ class Engine:
             for epoch in order:
                 at = torch.from_numpy(epoch + examples.start[i])
                 for batch in torch.split(at, training.batch_size):
-                    output = self.forward(examples.x[batch])
-                    loss = self.criterion(output, examples.y[batch])
+                    x, y = examples.at(batch)
+                    loss = self.criterion(self.forward(x), y)
                     parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
                     with torch.no_grad():
                         if plain and pull is None:
@@ -343,10 +358,11 @@ class Engine:
         # Longest first: at every step those still training are a prefix of the stack.
         order = np.argsort(-steps, kind="stable")
         at = torch.from_numpy(order)
-        work = rows[at]
+        sorted_already = bool((order[1:] > order[:-1]).all())
+        work = rows if sorted_already else rows.index_select(0, at)
         n = self.layout.n_params
         pull = None if proximal is None else (proximal.anchor[at, part], proximal.mu)
-        gradient = torch.zeros(len(rows), n, dtype=rows.dtype)
+        gradient = torch.empty(len(rows), n, dtype=rows.dtype)
         momentum = torch.zeros_like(gradient[:, part]) if self.training.momentum else None
         index, weight = plan(examples, keys, order, seed, epochs, self.training.batch_size)
         share = weight.to(rows.dtype)
@@ -361,8 +377,7 @@ class Engine:
             batch = Batch(work[:k], draws, real[:k, t].tolist() if draws else ())
             net.gradient(
                 batch,
-                examples.x[at_step],
-                examples.y[at_step],
+                *examples.at(at_step),
                 share[:k, t, :b],
                 gradient[:k],
                 self.training.loss,
@@ -374,123 +389,8 @@ class Engine:
                 None if pull is None else (pull[0][:k], pull[1]),
                 self.training,
             )
-        rows[at] = work
-
-
-@dataclass(frozen=True)
-class Step:
-    """One mini-batch of k clients; see `algorithms.Step` for what a method may ask of it.
-
-    Attributes:
-        index: (k, B) places in the pool. local: (k, B) places in the client's own training data.
-        share: (k, B), an example's share of its batch's mean; 0 where there is none.
-        draws: a generator for each client, for dropout; `states` holds theirs one by one.
-    """
-
-    engine: Engine
-    examples: Examples
-    index: Tensor
-    local: Tensor
-    share: Tensor
-    real: Tensor
-    draws: list[torch.Generator]
-    states: list[Tensor]
-
-    @property
-    def active(self) -> Tensor:
-        """(k,) bool: which clients still have a batch."""
-        return self.real.any(1)
-
-    @property
-    def inputs(self) -> Tensor:
-        """(k, B, *features) inputs of the batch."""
-        return self.examples.x[self.index]
-
-    def take(self, table: Tensor) -> Tensor:
-        """(k, B) of the batch's examples from a table (k, n) over the training examples."""
-        return torch.where(self.real, table.gather(1, self.local), 0.0)
-
-    def _each(self, r: int) -> Step:
-        """The same batches for k * r clients: r times each of the k."""
-        return replace(
-            self,
-            index=self.index.repeat_interleave(r, 0),
-            local=self.local.repeat_interleave(r, 0),
-            share=self.share.repeat_interleave(r, 0),
-            real=self.real.repeat_interleave(r, 0),
-            draws=[draw for draw in self.draws for _ in range(r)],
-        )
-
-    def losses(self, rows: Tensor) -> Tensor:
-        """(k, B) loss of each example under rows (k, P); 0 at places that are not real.
-
-        For rows (k, r, P), r models of each client, (k, r, B).
-        """
-        if rows.ndim == 3:
-            flat = self._each(rows.shape[1]).losses(rows.flatten(0, 1))
-            return flat.view(*rows.shape[:2], -1)
-        return self.engine.judge(rows, self.examples, self.index, self.real)[0]
-
-    def gradient(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(k, n_params) gradient at rows (k, P) of the mean over the batch of weight * loss.
-
-        For rows (k, r, P) and weight (k, r, B), (k, r, n_params). Buffers inside `rows` (statistics
-        of BatchNorm) are updated in place, as in training.
-        """
-        if rows.ndim == 3:
-            k, r = rows.shape[:2]
-            if self.engine.net is not None:
-                flat = None if weight is None else weight.flatten(0, 1)
-                return self._each(r).gradient(rows.flatten(0, 1), flat).view(k, r, -1)
-            each = [
-                self.gradient(one, None if weight is None else weight[:, j])
-                for j, one in enumerate(rows.unbind(1))
-            ]
-            return torch.stack(each, dim=1)
-        here = self.active.nonzero()[:, 0]
-        everyone = len(here) == len(rows)
-        out = rows.new_zeros(len(rows), self.engine.layout.n_params)
-        net = self.engine.net
-        if net is None:
-            for i in here.tolist():
-                out[i] = self._gradient_of_one(rows[i], i, weight)
-            return out
-        share = self.share if weight is None else self.share * weight
-        rows, index, real = (
-            (rows, self.index, self.real)
-            if everyone
-            else (rows[here], self.index[here], self.real[here])
-        )
-        share = share if everyone else share[here]
-        draws = [self.draws[i] for i in here.tolist()] if net.draws else []
-        batch = Batch(rows, draws, real.sum(1).tolist() if draws else ())
-        found = out if everyone else out[: len(here)].clone()
-        x, y = self.examples.x[index], self.examples.y[index]
-        with torch.no_grad():
-            net.gradient(batch, x, y, share, found, self.engine.training.loss)
-        if not everyone:
-            out[here] = found
-        return out
-
-    def _gradient_of_one(self, row: Tensor, i: int, weight: Tensor | None) -> Tensor:
-        engine, layout = self.engine, self.engine.layout
-        n = int(self.real[i].sum())
-        at = self.index[i, :n]
-        layout.bind(engine.module, row)
-        engine.module.train()
-        chosen = engine.trained(slice(0, layout.n_params))
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.states[i])
-            output = engine.forward(self.examples.x[at])
-            share = None if weight is None else weight[i, :n]
-            loss = engine.criterion(output, self.examples.y[at], share)
-            self.states[i] = torch.get_rng_state()
-        parts = torch.autograd.grad(loss, [p for p, _ in chosen], materialize_grads=True)
-        layout.collect(engine.module, row)
-        out = row.new_zeros(layout.n_params)
-        for found, (_, (start, stop)) in zip(parts, chosen, strict=True):
-            out[start:stop] = found.reshape(-1)
-        return out
+        if not sorted_already:
+            rows[at] = work
 
 
 def _padded(parts: Sequence[Examples]) -> tuple[Index, np.ndarray]:

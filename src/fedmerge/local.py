@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .rng import numpy_generator
+from .rng import numpy_generators
 
 Index = npt.NDArray[np.int64]
 Loss = Literal["auto", "cross-entropy", "mse"]
@@ -90,6 +90,12 @@ class Examples:
         start = np.concatenate([[0], np.cumsum(count)[:-1]]).astype(np.int64)
         x, y = torch.cat([x for x, _ in splits]), torch.cat([y for _, y in splits])
         return cls(x, y, start, count)
+
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """x (*index, *features) and y of the examples at places of the pool."""
+        flat = index.reshape(-1)
+        x, y = (part.index_select(0, flat) for part in (self.x, self.y))
+        return x.view(*index.shape, *x.shape[1:]), y.view(*index.shape, *y.shape[1:])
 
     def take(self, clients: Index) -> Examples:
         """The same pool, seen by some of the clients only; nothing is copied."""
@@ -172,7 +178,9 @@ def sgd_step(
 
 def batches(n: int, epochs: int, generator: np.random.Generator) -> np.ndarray:
     """The order of a client's n examples in each epoch: (epochs, n), every row a permutation."""
-    return generator.permuted(np.tile(np.arange(n), (epochs, 1)), axis=1)
+    made = np.empty((epochs, n), dtype=np.int64)
+    made[:] = np.arange(n)
+    return generator.permuted(made, axis=1, out=made)
 
 
 def plan(
@@ -189,17 +197,18 @@ def plan(
         index (k, steps, size) int64 into the pool and weight (k, steps, size) float64, rows in
         `order`; 0 in both where a batch is not full or a client has finished.
     """
-    per_epoch = -(-examples.count // size)
-    longest = int(per_epoch.max()) * epochs
-    index = np.zeros((len(keys), longest, size), dtype=np.int64)
-    weight = np.zeros((len(keys), longest, size))
-    for place, i in enumerate(order):
-        n, s = int(examples.count[i]), int(per_epoch[i])
-        drawn = batches(n, epochs, numpy_generator(seed, *keys[i]))
-        padded = np.zeros((epochs, s * size), dtype=np.int64)
-        padded[:, :n] = drawn + examples.start[i]
-        index[place, : epochs * s] = padded.reshape(epochs * s, size)
-        fill = np.minimum(size, n - np.arange(s) * size)
-        share = (np.arange(size)[None, :] < fill[:, None]) / fill[:, None]
-        weight[place, : epochs * s] = np.tile(share, (epochs, 1))
-    return torch.from_numpy(index), torch.from_numpy(weight)
+    count = examples.count[order]
+    per_epoch = -(-count // size)
+    steps = per_epoch * epochs
+    longest = int(steps.max())
+    index = np.zeros((len(order), longest * size), dtype=np.int64)
+    generators = numpy_generators(seed, (keys[i] for i in order))
+    for place, (i, generator) in enumerate(zip(order, generators, strict=True)):
+        n, s = int(count[place]), int(per_epoch[place]) * size
+        own = index[place, : epochs * s].reshape(epochs, s)
+        np.add(batches(n, epochs, generator), examples.start[i], out=own[:, :n])
+    step = np.arange(longest)[None, :]
+    begun = step % np.maximum(per_epoch, 1)[:, None] * size
+    fill = np.where(step < steps[:, None], np.minimum(size, count[:, None] - begun), 0)
+    weight = (np.arange(size) < fill[..., None]) / np.maximum(fill, 1)[..., None]
+    return torch.from_numpy(index).view(len(order), longest, size), torch.from_numpy(weight)

@@ -284,6 +284,18 @@ def _travelling_buffers(module: nn.Module) -> list[tuple[Kind, str, Tensor]]:
     return floats + others
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a module. Raises ModelError if it holds what cannot be copied, such as a lock."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # objects raise what they like when they are copied
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(
+            f"the model ({type(module).__name__}) cannot be copied: {reason}; keep locks, files "
+            "and generators out of it"
+        ) from error
+
+
 def build(model: ModelSource, seed: int, index: int = 0) -> nn.Module:
     """Return the `index`-th independent random initialisation of `model`.
 
@@ -297,7 +309,7 @@ def build(model: ModelSource, seed: int, index: int = 0) -> nn.Module:
             if not isinstance(made, nn.Module):
                 raise ModelError(f"the model function returned {type(made).__name__}, not a Module")
             return made
-        made = copy.deepcopy(model)
+        made = copied(model)
         if index > 0:
             for part in made.modules():
                 reset = getattr(part, "reset_parameters", None)

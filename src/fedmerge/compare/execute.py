@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import folder as files
 from .cells import chosen_values
+from .profile import Profile
 
 if TYPE_CHECKING:
     from ..sim import RoundLog, Simulation
@@ -23,6 +24,7 @@ def execute(
     build: Callable[[Path | None], Simulation],
     folder: Path | None = None,
     on_round: Callable[[RoundLog], object] = lambda log: None,
+    profile: Profile | None = None,
 ) -> dict[str, Any]:
     """Return the result of a run; go on with the one in `folder`, or return it if it is finished.
 
@@ -31,35 +33,49 @@ def execute(
         build: makes the simulation of these settings, given where to keep its checkpoint.
         folder: run folder, or None to keep nothing.
         on_round: called with the log of each round that is run now.
+        profile: takes in the seconds of what is run now; with a folder, it is written there.
 
     Raises:
         StateError: the folder cannot be written, or holds a run with other settings.
     """
+    profile = profile or Profile()
     if folder is None:
-        simulation = build(None)
-        for log in simulation.rounds():
-            on_round(log)
-        return _result(config, simulation)
+        with profile("data"):
+            simulation = build(None)
+        with closing(simulation.rounds()) as rounds:
+            for log in rounds:
+                profile.round(log)
+                with profile("log"):
+                    on_round(log)
+        with profile("result"):
+            result = _result(config, simulation)
+        profile.finish(simulation.saving, simulation.chosen)
+        return result
     files.check_writable(folder)
     files.check_config(folder, config)
     finished = files.read_result(folder)
     if finished is not None:
         return finished
     # Settings that cannot be run must not claim the folder, so they are written after this.
-    simulation = build(folder / files.CHECKPOINT)
+    with profile("data"):
+        simulation = build(folder / files.CHECKPOINT)
     files.write_config(folder, config)
     # The checkpoint decides: rounds after it are run, and logged, again.
     files.write_log(folder, [log.to_json() for log in simulation.history])
     # Closed at once on Ctrl-C: that is when the simulation saves what it has.
     with closing(simulation.rounds()) as rounds:
         for log in rounds:
-            files.append_log(folder, log.to_json())
-            on_round(log)
-    weights = simulation.weight_history()
-    if weights:
-        files.write_arrays(folder / files.WEIGHTS, weights)
-    result = _result(config, simulation)
-    files.write_result(folder, result)
+            profile.round(log)
+            with profile("log"):
+                files.append_log(folder, log.to_json())
+                on_round(log)
+    with profile("result"):
+        weights = simulation.weight_history()
+        if weights:
+            files.write_arrays(folder / files.WEIGHTS, weights)
+        result = _result(config, simulation)
+        files.write_result(folder, result)
+    profile.finish(simulation.saving, simulation.chosen)
     return result
 
 
@@ -69,4 +85,5 @@ def _result(config: Mapping[str, Any], simulation: Simulation) -> dict[str, Any]
     seconds = sum(sum(log.seconds.values()) for log in simulation.history)
     named = {key: config[key] for key in ("setting", "data", "method", "seed")}
     named["chosen"] = chosen_values(config.get("chosen"))
-    return {**named, "rounds": found["rounds"], "seconds": seconds, **found}
+    run = {"rounds": found["rounds"], "seconds": seconds, "execution": simulation.chosen}
+    return {**named, **run, **found}

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 LOG = "log.jsonl"
 RESULT = "result.json"
+PROFILE = "profile.json"
 WEIGHTS = "weights.npz"
 CHECKPOINT = "checkpoint"
 COMPARISON = "comparison.json"
 FORMAT = 2
 """Of a comparison's folder."""
-FREE = {"workers", "track"}
+FREE = {"workers", "address", "track"}
 """Settings that no result depends on: a run may go on with others."""
 
 

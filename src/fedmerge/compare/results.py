@@ -144,6 +144,8 @@ def result_rows(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
                 "round": reached["round"],
                 "accuracy": scores["accuracy"],
                 "accuracy_std": scores["accuracy_std"],
+                # Of the mean, where an evaluation measures a sample of the clients.
+                "accuracy_error": scores.get("accuracy_error"),
                 "accuracy_worst_decile": scores["accuracy_worst_decile"],
                 "auc": scores["auc"],
                 "loss": scores["loss"],

@@ -37,6 +37,7 @@ from ..report.tables import (
     value_text,
 )
 from .cells import RUNS, Cell
+from .profile import PHASES, Profile
 from .results import CLIENTS, RESULTS, collect
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def print_result(result: Mapping[str, Any]) -> None:
         grid.add_column(heading, justify="right")
     for model, scores in result["models"].items():
         values = [
-            value_text(metric, scores[metric])
+            value_text(metric, scores[metric]) + _error_text(metric, scores)
             for metric in ("accuracy", "accuracy_worst_decile", "loss")
         ]
         grid.add_row(model, *values)
@@ -144,9 +145,31 @@ def print_result(result: Mapping[str, Any]) -> None:
         f" · {size_text(result['bytes_up'])} up, {size_text(result['bytes_down'])} down"
         f" per client and round · {result['seconds']:.1f} s",
     )
+    if "execution" in result:  # not in a result of an older version
+        _say(console, result["execution"])
     if result["refused"]:
         refused = ", ".join(f"{n} {reason}" for reason, n in result["refused"].items())
         _say(console, f"refused updates: {refused}")
+
+
+def _error_text(metric: str, scores: Mapping[str, Any]) -> str:
+    """The standard error of a mean over a sample of the clients; nothing of a mean over all."""
+    error = scores.get(f"{metric}_error")
+    return "" if error is None else f" ± {value_text(metric, error)}"
+
+
+def print_profile(profile: Profile) -> None:
+    """Print where the time of a run went."""
+    grid = Grid("phase", box=box.SIMPLE_HEAD, title="Where the time went", title_justify="left")
+    for heading in ("seconds", "share", "ms a round"):
+        grid.add_column(heading, justify="right")
+    grid.add_column("what")
+    for phase, seconds, share, each in profile.rows():
+        per_round = "–" if each is None else f"{1000 * each:.1f}"
+        grid.add_row(phase, f"{seconds:.2f}", f"{share:.1%}", per_round, PHASES[phase])
+    grid.add_section()
+    grid.add_row("total", f"{profile.total:.2f}", "", "", f"{profile.rounds} rounds")
+    _console().print(grid)
 
 
 def print_clients(federation: Federation, rows: Sequence[ClientRow]) -> None:

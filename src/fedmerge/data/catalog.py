@@ -14,7 +14,7 @@ from fedmerge.data.files import TABLE_ENDINGS, load_csv, load_npz_folder
 from fedmerge.data.hospitals import load_heart
 from fedmerge.data.hub import load_hub
 from fedmerge.data.images import load_fashion_mnist, load_mnist_5k
-from fedmerge.data.natural import gather
+from fedmerge.data.natural import gather, stored_dataset
 from fedmerge.data.options import PATH, convert, parse
 from fedmerge.data.sensors import load_table, load_watch, load_wisdm
 from fedmerge.data.sources import Dataset, load_diabetes, load_digits, load_gaussian
@@ -99,6 +99,8 @@ def _own_files(data: str) -> Dataset:
     path = Path(data)
     if path.suffix.lower() in TABLE_ENDINGS and not path.is_dir():
         return gather(load_csv(path), path.stem)
+    if (path / "x.npy").exists():
+        return stored_dataset(path)
     if path.is_dir():
         return gather(load_npz_folder(path), path.stem)
     raise DataError(

@@ -6,7 +6,7 @@ It neither loads nor makes data: see `sources`, `files` and `settings` for that.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmerge.errors import DataError
+from fedmerge.errors import ConfigError, DataError
 
 Task = Literal["classification", "regression"]
 
@@ -38,6 +38,10 @@ class Split:
 
     def __len__(self) -> int:
         return int(self.x.shape[0])
+
+    def loaded(self) -> Split:
+        """Return the split with its examples in memory, for those who look at them repeatedly."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,22 @@ class Federation:
     task: Task
     n_outputs: int
     input_shape: tuple[int, ...]
+
+
+def federation_of(clients: Sequence[Client]) -> Federation:
+    """Return the federation of `clients`: what a model takes and gives is read off their data.
+
+    Raises ConfigError where there are none.
+    """
+    if not clients:
+        raise ConfigError("clients is empty: wanted 1 client or more")
+    first = clients[0].train
+    shape = tuple(first.x.shape[1:])
+    if first.y.dtype.is_floating_point:
+        return Federation("clients", tuple(clients), "regression", first.y.shape[-1], shape)
+    targets = [split.y for c in clients for _, split in c.splits() if len(split)]
+    n_classes = max((int(y.max()) + 1 for y in targets), default=0)
+    return Federation("clients", tuple(clients), "classification", n_classes, shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +159,8 @@ def check_federation(federation: Federation) -> None:
             )
         seen.add(client.id)
         _check_sizes(client)
-        for name, split in client.splits():
+        for name, lazy in client.splits():
+            split = lazy.loaded()
             _check_shapes(federation, client, name, split)
             _check_values(federation, client, name, split)
     _check_classes(federation)

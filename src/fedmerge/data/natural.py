@@ -6,6 +6,7 @@ It gathers their examples in a `Dataset` and takes them apart again; it changes 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fedmerge.data.draws import generator
 from fedmerge.data.files import Tables
 from fedmerge.data.sources import Dataset
 from fedmerge.data.splits import MIN_EXAMPLES, split_client, to_tensors
+from fedmerge.data.stored import open_array
 from fedmerge.errors import ConfigError, DataError
 
 
@@ -24,11 +26,27 @@ def gather(tables: Tables, name: str, *, standardise: bool = False) -> Dataset:
     Raises DataError where they are not numbers, or clients differ in shape or kind of target.
     """
     tensors, _, n_outputs = to_tensors(tables)
-    x = torch.cat([x for x, _ in tensors.values()])
+    x = torch.cat([x if isinstance(x, torch.Tensor) else x.read() for x, _ in tensors.values()])
     y = torch.cat([y for _, y in tensors.values()])
     sizes = torch.tensor([len(x) for x, _ in tensors.values()])
     owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     return Dataset(name, x, y, n_outputs, owner, tuple(tensors), standardise)
+
+
+def stored_dataset(folder: Path) -> Dataset:
+    """Return the data set in x.npy, y.npy and, for its own clients, client.npy; x stays there.
+
+    x: (n, *features), y: (n,) or (n, t), client: (n,) names or numbers. Raises DataError where a
+    file is missing or damaged, or they do not fit each other.
+    """
+    x, y = open_array(folder / "x.npy"), open_array(folder / "y.npy")
+    tensors, _, n_outputs = to_tensors({folder.name: (x, np.array(y))})
+    inputs, targets = tensors[folder.name]
+    if not (folder / "client.npy").exists():
+        return Dataset(folder.name, inputs, targets, n_outputs)
+    names, owner = np.unique(np.array(open_array(folder / "client.npy")), return_inverse=True)
+    owners = tuple(str(name) for name in names)
+    return Dataset(folder.name, inputs, targets, n_outputs, torch.from_numpy(owner), owners)
 
 
 def partition_natural(

@@ -58,8 +58,8 @@ def partition_domain(
     draws = generator(seed, "domain")
     options = list(combinations(DOMAINS, 2)) if mixed else [(name, name) for name in DOMAINS]
     chosen = [options[k] for k in balanced(n_clients, len(options), draws)]
-    views = {name: view(dataset.x) for name, view in DOMAINS.items()}
-    x = dataset.x.clone()
+    views = {name: view(dataset.whole()) for name, view in DOMAINS.items()}
+    x = dataset.whole().clone()
     for index, (first, second) in zip(allocation, chosen, strict=True):
         in_first = draws.random(len(index)) < draws.uniform(0.2, 0.8)
         x[index[in_first]] = views[first][index[in_first]]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmerge.data.clients import Task
 from fedmerge.data.draws import generator
+from fedmerge.data.stored import Inputs, Stored
 from fedmerge.errors import ConfigError, DataError
 
 
@@ -22,7 +23,7 @@ from fedmerge.errors import ConfigError, DataError
 class Dataset:
     """Examples that are not yet divided over clients.
 
-    x: (n, *features) float32; images are (n, channels, height, width).
+    x: (n, *features) float32, in memory or in a file; images are (n, channels, height, width).
     y: (n,) int64 class labels in 0..n_outputs-1, or (n, n_outputs) float32 targets.
     owner: (n,) int64, the natural client of each example as a place in `owners`, or None.
     standardise: features are to be scaled, and missing values (NaN) filled in, by the training
@@ -31,7 +32,7 @@ class Dataset:
     """
 
     name: str
-    x: Tensor
+    x: Inputs
     y: Tensor
     n_outputs: int
     owner: Tensor | None = None
@@ -51,7 +52,7 @@ class Dataset:
                 f'data set "{self.name}": clients of shape {tuple(self.owner.shape)}, wanted '
                 f"{(len(self.x),)}"
             )
-        if self.standardise and self.x.dim() != 2:
+        if self.standardise and len(self.x.shape) != 2:
             raise DataError(
                 f'data set "{self.name}": inputs of shape {tuple(self.x.shape[1:])}, but only '
                 "tables can be standardised; leave standardise out"
@@ -60,7 +61,7 @@ class Dataset:
     @property
     def is_image(self) -> bool:
         """Whether x is (n, channels, height, width)."""
-        return self.x.dim() == 4
+        return len(self.x.shape) == 4
 
     @property
     def task(self) -> Task:
@@ -69,6 +70,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return int(self.x.shape[0])
+
+    def whole(self) -> Tensor:
+        """Return x in memory."""
+        return self.x.read() if isinstance(self.x, Stored) else self.x
 
 
 def load_digits() -> Dataset:

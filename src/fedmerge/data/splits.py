@@ -13,8 +13,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fedmerge.data.clients import Client, Federation, Split, Task, check_federation, shape_error
+from fedmerge.data.clients import Client, Federation, Task, check_federation, shape_error
 from fedmerge.data.draws import generator
+from fedmerge.data.stored import Inputs, Stored, make_split
 from fedmerge.errors import ConfigError, DataError
 
 MIN_EXAMPLES = 4
@@ -32,7 +33,7 @@ def client_ids(n_clients: int) -> list[str]:
 
 def split_client(
     client: str,
-    x: Tensor,
+    x: Inputs,
     y: Tensor,
     source: Tensor,
     *,
@@ -58,7 +59,7 @@ def split_client(
     n_validation = (n - n_train) // 2
     order = torch.from_numpy(generator(seed, "split", client).permutation(n))
     train, validation, test = (
-        Split(x[index], y[index], source[index])
+        make_split(x[index], y[index], source[index])
         for index in torch.tensor_split(order, [n_train, n_train + n_validation])
     )
     return Client(client, train, validation, test, kind)
@@ -75,7 +76,9 @@ def from_tensors(
     """Return the federation of the user's own examples, split and checked.
 
     clients: (x, y) of each client, by its id or in a list (ids "c00", "c01", ...); tensors,
-    arrays or nested lists. Whole-number y makes the task classification, float y regression.
+    arrays or nested lists. Inputs that are memory-mapped (numpy.load with mmap_mode="r") stay in
+    their file, and a group of clients is read from there when it is used. Whole-number y makes
+    the task classification, float y regression.
     kinds: true kind of each client, by id or in the order of `clients`.
     Raises DataError where the examples cannot be trained on (see `check_federation`).
     """
@@ -90,7 +93,7 @@ def from_tensors(
         made.append(
             split_client(client, x, y, source, seed=seed, train_fraction=train_fraction, kind=kind)
         )
-    shape = tuple(made[0].train.x.shape[1:]) if made else ()
+    shape = tuple(next(iter(tensors.values()))[0].shape[1:])
     federation = Federation(name, tuple(made), task, n_outputs, shape)
     check_federation(federation)
     return federation
@@ -98,14 +101,14 @@ def from_tensors(
 
 def to_tensors(
     clients: Mapping[str, Examples] | Sequence[Examples],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], Task, int]:
+) -> tuple[dict[str, tuple[Inputs, Tensor]], Task, int]:
     """Return the examples of each client as the tensors of a `Split`, the task and n_outputs.
 
     Raises DataError where they are not numbers, or clients differ in shape or kind of target.
     """
     if not isinstance(clients, Mapping):
         clients = dict(zip(client_ids(len(clients)), clients, strict=True))
-    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    tensors: dict[str, tuple[Inputs, Tensor]] = {}
     for client, (x, y) in clients.items():
         tensors[client] = _inputs(client, x), _targets(client, y)
         _check_pair(client, *tensors[client], *next(iter(tensors.items())))
@@ -126,7 +129,7 @@ def to_tensors(
 
 
 def _check_pair(
-    client: str, x: Tensor, y: Tensor, first: str, examples: tuple[Tensor, Tensor]
+    client: str, x: Inputs, y: Tensor, first: str, examples: tuple[Inputs, Tensor]
 ) -> None:
     if len(x) != len(y):
         raise DataError(f'client "{client}": {len(x)} inputs but {len(y)} targets, wanted as many')
@@ -166,12 +169,14 @@ def _float32(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array.astype(np.float32))
 
 
-def _inputs(client: str, value: Tensor | ArrayLike) -> Tensor:
+def _inputs(client: str, value: Tensor | ArrayLike) -> Inputs:
     array = _array(client, "inputs", value)
     if array.ndim < 2:
         raise DataError(
             f'client "{client}": inputs of shape {array.shape}, wanted (examples, features, ...)'
         )
+    if isinstance(value, np.memmap):
+        return Stored.of(value)
     return _float32(array)
 
 

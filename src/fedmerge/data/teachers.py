@@ -72,7 +72,7 @@ def partition_latent(
 
 
 def _standardised(dataset: Dataset) -> Array:
-    flat = dataset.x.numpy().reshape(len(dataset), -1).astype(np.float64)
+    flat = dataset.whole().numpy().reshape(len(dataset), -1).astype(np.float64)
     known = np.ma.masked_invalid(flat)
     scale = known.std(axis=0).filled(0.0)
     scale[scale == 0] = 1.0

@@ -38,7 +38,11 @@ class Evaluation:
     def metrics(self) -> dict[str, Any]:
         """Summaries over clients, as `RoundLog.metrics` has them."""
         return {
-            model: {split: self.found[model][split].summary() for split in SPLITS}
+            # Own models are those of the participants, who may be more than the sample, or others.
+            model: {
+                split: self.found[model][split].summary(sampled=model != "local")
+                for split in SPLITS
+            }
             for model in MODELS
             if model in self.found
         }
@@ -46,14 +50,15 @@ class Evaluation:
     def gap(self, split: str) -> float | None:
         """Mean over participants of the loss of the model they would use minus that of their own.
 
-        None where there is no own model, nobody took part, or a model has diverged.
+        Participants that were not evaluated do not count. None where there is no own model, nobody
+        took part, or a model has diverged.
         """
         if "local" not in self.found or "merged" not in self.found:
             return None
-        local = self.found["local"][split].loss
-        there = ~np.isnan(local)
+        local, merged = (self.found[model][split].loss for model in ("local", "merged"))
+        there = ~(np.isnan(local) | np.isnan(merged))
         with np.errstate(invalid="ignore"):
-            gap: Array = self.found["merged"][split].loss[there] - local[there]
+            gap: Array = merged[there] - local[there]
         return float(gap.mean()) if len(gap) and np.isfinite(gap).all() else None
 
     def validation_loss(self) -> float:

@@ -7,64 +7,29 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import Algorithm, Local, Setup, Tensors, tune
-from ..data.clients import Client
-from ..engine import Engine, Step
+from ..algorithms import Algorithm, Local, Setup, Tensors, Ticket, Updates, tune
+from ..engine import Engine
 from ..errors import ConfigError
 from ..local import Examples, Mixture, Proximal, Training
 from ..params import Layout
+from ..steps import Step
 from .log import SPLITS, Measured
+from .population import Population
 
-EXECUTIONS = ("auto", "stacked", "sequential", "processes")
-"""Ways of having clients' work done: here with one of the `Engine`'s, or in other processes."""
+EXECUTIONS = ("auto", "stacked", "sequential", "processes", "ray")
+"""Ways of having clients' work done: here with one of the `Engine`'s, in other processes, or on the
+machines of a Ray cluster."""
 GROUPS = ((2**15, 32), (math.inf, 16))
 """Largest row, in numbers, and the clients in a stack of such rows: measured to be fastest. More of
 them no longer fit a core's cache."""
-
-
-@dataclass(frozen=True)
-class Population:
-    """All clients, their examples pooled by split.
-
-    Attributes:
-        ids: in the order in which the simulation was given the clients.
-    """
-
-    ids: tuple[str, ...]
-    splits: dict[str, Examples]
-
-    @classmethod
-    def of(cls, clients: Sequence[Client]) -> Population:
-        """Pool the clients' data, which are copied once: each client's splits side by side."""
-        pooled = Examples.of([(s.x, s.y) for c in clients for _, s in c.splits()])
-        splits = {
-            name: Examples(pooled.x, pooled.y, pooled.start[i::3], pooled.count[i::3])
-            for i, name in enumerate(SPLITS)
-        }
-        return cls(tuple(c.id for c in clients), splits)
-
-    def groups(self, places: Sequence[int], most: int) -> Iterator[list[int]]:
-        """Divide clients into groups of at most `most` that are of similar size, the same whatever
-        order they come in.
-
-        All groups have the same number of clients, or one less: workers share them evenly.
-        """
-        count = self.splits["train"].count
-        ordered = sorted(places, key=lambda i: (-count[i], self.ids[i]))
-        n_groups = -(-len(ordered) // most)
-        bounds = [len(ordered) * i // n_groups for i in range(n_groups + 1)]
-        for first, last in pairwise(bounds):
-            yield ordered[first:last]
 
 
 @dataclass(frozen=True)
@@ -80,7 +45,7 @@ class GroupTrainer:
     @property
     def n_examples(self) -> Tensor:
         """(k,) int64 training examples."""
-        return torch.from_numpy(self._examples("train").count)
+        return torch.from_numpy(self.population.splits["train"].count[self.places])
 
     @property
     def lr(self) -> float:
@@ -94,7 +59,7 @@ class GroupTrainer:
         return training.lr
 
     def _examples(self, split: str) -> Examples:
-        return self.population.splits[split].take(np.array(self.places, dtype=np.int64))
+        return self.population.examples(self.places, split)[0]
 
     def _draws(self, purpose: str) -> list[tuple[int | str, ...]]:
         return [(self.round, self.population.ids[i], purpose) for i in self.places]
@@ -141,7 +106,7 @@ class GroupTrainer:
 
     def measure(self, model: Tensor | Mixture) -> dict[str, Measured]:
         """How models of the clients do on each split."""
-        found = self.engine.measure(model, [self._examples(split) for split in SPLITS])
+        found = self.engine.measure(model, self.population.examples(self.places, *SPLITS))
         return {
             split: Measured(*(part.numpy() for part in figures))
             for split, figures in zip(SPLITS, found, strict=True)
@@ -171,6 +136,11 @@ class Trained:
     n_examples: Tensor
     own: dict[str, Measured] | None
 
+    def updates(self, tickets: tuple[Ticket, ...], lr: float) -> Updates:
+        """What the clients send back."""
+        local, rates = self.local, torch.full((len(tickets),), lr, dtype=torch.float64)
+        return Updates(tickets, local.delta, self.n_examples, local.steps, rates, local.extra)
+
 
 @dataclass(frozen=True)
 class ClientSide:
@@ -197,6 +167,25 @@ class ClientSide:
     def group(self) -> int:
         """Most clients in a task."""
         return next(clients for size, clients in GROUPS if self.setup.layout.size <= size)
+
+    @cached_property
+    def travelling(self) -> int:
+        """How many numbers of a row are sent."""
+        size = self.setup.layout.size
+        parts = self.algorithm.travels(self.setup.layout)
+        bounds = [0, *(bound for part in parts for bound in part), size]
+        if bounds != sorted(bounds):
+            raise ConfigError(
+                f"{self.algorithm.name}: travels gives {parts}: wanted (start, stop) of parts of a "
+                f"row of {size} numbers, in order, none twice"
+            )
+        return sum(stop - start for start, stop in parts)
+
+    def wire(self, sent: Tensor) -> int:
+        """Bytes on the wire: of rows (..., P) the parts that travel, of anything else all."""
+        if sent.shape[-1:] != (self.setup.layout.size,):
+            return sent.nbytes
+        return sent.shape[:-1].numel() * self.travelling * sent.element_size()
 
     def trainer(self, places: list[int], number: int) -> GroupTrainer:
         """Local training of the clients at `places` in round `number`."""
@@ -238,18 +227,23 @@ class Parcel:
     execution: str
 
     @classmethod
-    def of(cls, side: ClientSide, execution: str) -> Parcel:
+    def of(
+        cls,
+        side: ClientSide,
+        execution: str,
+        dumps: Callable[[object], bytes] = pickle.dumps,
+    ) -> Parcel:
         """Pack `side`.
 
         Args:
-            execution: as named to the user.
+            execution: as named to the user. dumps: pickles the method and the module.
 
         Raises:
             ConfigError: a method or a module that cannot be pickled; it is named.
         """
         return cls(
-            _pickled("method", side.algorithm, execution),
-            _pickled("model", side.module, execution),
+            _pickled("method", side.algorithm, execution, dumps),
+            _pickled("model", side.module, execution, dumps),
             side.setup.layout,
             side.training,
             side.population,
@@ -267,9 +261,9 @@ class Parcel:
         )
 
 
-def _pickled(name: str, value: object, execution: str) -> bytes:
+def _pickled(name: str, value: object, execution: str, dumps: Callable[[object], bytes]) -> bytes:
     try:
-        return pickle.dumps(value)
+        return dumps(value)
     except Exception as error:  # objects raise what they like when they are pickled
         reason = " ".join(str(error).split())
         raise ConfigError(

@@ -24,25 +24,38 @@ class Summary:
     Attributes:
         mean: over clients. std: over clients. worst_decile: mean over the worst tenth of them (at
             least one client): the lowest accuracies, or the highest losses.
+        error: standard error of the mean, where the n clients are a random sample of m: s sqrt((1 -
+            n / m) / n) with the sample's s (n - 1), as drawing without replacement has it (Cochran,
+            Sampling Techniques, 2.6). None where all clients were measured.
     """
 
     mean: float
     std: float
     worst_decile: float
+    error: float | None = None
 
     @classmethod
-    def of(cls, values: Array, *, high_is_bad: bool) -> Self | None:
+    def of(cls, values: Array, *, high_is_bad: bool, sampled: bool = False) -> Self | None:
         """Summarise values (m,); NaN, a client that was not measured, is left out.
 
-        None if none is left, or if one is infinite: a model that has diverged must not be hidden
-        by leaving its client out of the mean.
+        `sampled` says that they were left out at random. None if none is left, or if one is
+        infinite: a model that has diverged must not be hidden by leaving its client out of the
+        mean.
         """
         known = np.sort(values[~np.isnan(values)])
         if not len(known) or np.isinf(known).any():
             return None
         tenth = math.ceil(len(known) / 10)
         worst = known[-tenth:] if high_is_bad else known[:tenth]
-        return cls(float(known.mean()), float(known.std()), float(worst.mean()))
+        error = None
+        n, m = len(known), len(values)
+        if sampled and 1 < n < m:
+            error = float(known.std(ddof=1)) * math.sqrt((1 - n / m) / n)
+        return cls(float(known.mean()), float(known.std()), float(worst.mean()), error)
+
+    def to_json(self) -> dict[str, float]:
+        """Plain JSON values."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,14 @@ class Measured:
         self.accuracy[places] = found.accuracy
         self.auc[places] = found.auc
 
-    def summary(self) -> dict[str, Summary | None]:
-        """Accuracy, loss and area over clients."""
+    def summary(self, *, sampled: bool = False) -> dict[str, Summary | None]:
+        """Accuracy, loss and area over clients; see `Summary.of`.
+
+        The area has no error: clients without both classes have none either, not at random.
+        """
         return {
-            "accuracy": Summary.of(self.accuracy, high_is_bad=False),
-            "loss": Summary.of(self.loss, high_is_bad=True),
+            "accuracy": Summary.of(self.accuracy, high_is_bad=False, sampled=sampled),
+            "loss": Summary.of(self.loss, high_is_bad=True, sampled=sampled),
             "auc": Summary.of(self.auc, high_is_bad=False),
         }
 
@@ -117,7 +133,7 @@ class RoundLog:
         # By hand: `asdict` copies every number by itself, and takes longer than the round's commit.
         metrics = {
             model: {
-                split: {key: s and dict(vars(s)) for key, s in pair.items()}
+                split: {key: s and s.to_json() for key, s in pair.items()}
                 for split, pair in splits.items()
             }
             for model, splits in self.metrics.items()

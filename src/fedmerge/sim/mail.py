@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,37 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         tensor: Tensor = self.tensors[pid]
         return tensor
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A value in two parts, of which a carrier that knows NumPy moves the large one as it is.
+
+    Attributes:
+        buffer: (n,) uint8, its tensors.
+    """
+
+    packed: Packed
+    buffer: np.ndarray[Any, np.dtype[np.uint8]]
+
+    @classmethod
+    def of(cls, value: object) -> Bundle:
+        """Pack a value."""
+        packed, tensors = pack(value)
+        buffer = torch.empty(packed.n_bytes, dtype=torch.uint8)
+        _fill(buffer, packed, tensors)
+        return cls(packed, buffer.numpy())
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of it all."""
+        return len(self.packed.value) + self.buffer.nbytes
+
+    def open(self) -> Any:
+        """The value, with tensors of its own: the carrier's memory may not be written to."""
+        buffer = torch.empty(len(self.buffer), dtype=torch.uint8)
+        buffer.numpy()[:] = self.buffer
+        return self.packed.open(buffer)
 
 
 def _fill(buffer: Tensor, packed: Packed, tensors: list[Tensor]) -> None:

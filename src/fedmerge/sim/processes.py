@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -70,6 +70,14 @@ class Failure:
         """Whether there was no memory left."""
         words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
         return isinstance(self.error, MemoryError) or any(w in str(self.error) for w in words)
+
+    def reraise(self, no_memory: str) -> NoReturn:
+        """Raise it here, as ConfigError with `no_memory` if there was no memory left."""
+        if self.of_memory:
+            raise ConfigError(no_memory) from self.error
+        if not isinstance(self.error, FedmergeError):
+            self.error.add_note(self.details)
+        raise self.error
 
 
 @dataclass(eq=False)
@@ -166,6 +174,9 @@ class Processes:
 
     def _hear(self, again: deque[Job]) -> None:
         """Take the answers that are there, at least one; replace workers that have died."""
+        if not any(desk.jobs for desk in self._desks.values()):
+            # Nobody would ever answer, and the wait below would not end.
+            raise RuntimeError("a task is with no worker and has no result: a fault of fedmerge")
         for pipe in connection.wait(list(self._desks)):
             desk = self._desks[pipe]  # type: ignore[index]
             try:
@@ -206,17 +217,12 @@ class Processes:
         return left
 
     def _opened(self, job: Job) -> Any:
-        if not isinstance(job.result, Failure):
-            return job.result
-        failure = job.result
-        if failure.of_memory:
-            raise ConfigError(
+        if isinstance(job.result, Failure):
+            job.result.reraise(
                 f"{self._named(job.task)}: a worker process is out of memory; use fewer workers "
                 f"than {self.size}, or a smaller model or batch size"
-            ) from failure.error
-        if not isinstance(failure.error, FedmergeError):
-            failure.error.add_note(failure.details)
-        raise failure.error
+            )
+        return job.result
 
     def _named(self, task: Task) -> str:
         ids = self.side.population.ids

@@ -17,6 +17,7 @@ from ..algorithms import Cost
 from ..data.clients import ClientRow
 from .checkpoint import Progress
 from .evaluation import Evaluation
+from .log import Summary
 
 
 def summarise_run(
@@ -70,10 +71,12 @@ def _reached(evaluation: Evaluation | None) -> dict[str, Any]:
         accuracy, loss, auc = (splits["test"][key] for key in ("accuracy", "loss", "auc"))
         models[model] = {
             "accuracy": accuracy and accuracy.mean,
+            **_error("accuracy", accuracy),
             "accuracy_std": accuracy and accuracy.std,
             "accuracy_worst_decile": accuracy and accuracy.worst_decile,
             "auc": auc and auc.mean,
             "loss": loss and loss.mean,
+            **_error("loss", loss),
         }
     return {
         "round": evaluation.round,
@@ -81,6 +84,13 @@ def _reached(evaluation: Evaluation | None) -> dict[str, Any]:
         "gap_train": evaluation.gap("train"),
         "gap_test": evaluation.gap("test"),
     }
+
+
+def _error(name: str, summary: Summary | None) -> dict[str, float]:
+    """The standard error of a mean over a sample of the clients; nothing of a mean over all."""
+    if summary is None or summary.error is None:
+        return {}
+    return {f"{name}_error": summary.error}
 
 
 def _facts(client: ClientRow) -> dict[str, Any]:

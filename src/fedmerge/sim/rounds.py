@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -18,24 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..algorithms import Algorithm, Tensors, Ticket, Updates
-from ..data.clients import Client, Federation, check_federation, describe
+from ..algorithms import Algorithm, Tensors, Ticket
+from ..data.clients import Client, Federation, check_federation, describe, federation_of
 from ..errors import ConfigError, ModelError, did_you_mean
 from ..local import Mixture, Training
-from ..params import Blocks, Layout, ModelSource, build
-from ..rng import numpy_generator
+from ..params import Blocks, ModelSource, build
 from ..soup import Soup
+from ..storage import Kept
 from ..store import has_state
 from . import checkpoint as saved
+from .choice import Auto, described, make_executor
 from .clock import Clock
+from .cluster import Cluster
+from .cohort import Draws
 from .evaluation import Evaluation
-from .execute import EXECUTIONS, ClientSide, Executor, InProcess, Population, Task, Trained
-from .log import RoundLog
+from .execute import EXECUTIONS, ClientSide, Task, Trained
+from .log import Measured, RoundLog
 from .mixing import importance, row_statistics
-from .processes import Processes
+from .population import Population
 from .results import summarise_run
 
 
@@ -76,12 +77,22 @@ class Simulation:
         dropout: chance that a client of the cohort never replies.
         seed: of every draw: cohorts, batches, initial models.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
+        evaluate_on: share of the clients that `merged` and `tuned` are evaluated on, at least two,
+            drawn anew for each evaluation; means then have a standard error.
         execution: "auto", "stacked" or "sequential" (`Engine`), in this process; "processes" for
-            worker processes, each doing as "auto" does.
-        workers: number of worker processes; None for one on each CPU.
+            worker processes, "ray" for actors on a Ray cluster, each doing as "auto" does. With
+            "auto" and a number of workers, in worker processes if the first rounds show that this
+            is faster (the same bits): a script then needs `if __name__ == "__main__":`.
+        workers: number of worker processes or actors; None for one on each CPU.
+        address: of a running Ray cluster, "host:port" or "auto"; None for one of this run's own.
         blocks: the blocks of layers that have a row of merging weights each (`Layout.of`).
+        storage: dtype of the server's models: "float32", "bfloat16", or "model" for the module's.
+        models_in: folder for the server's models, if they do not fit into memory (`Soup`).
         checkpoint: folder to save to and to resume from; None for none.
         checkpoint_seconds: least time between saves; the end and an interruption always save.
+
+    Attributes:
+        draws: who takes part in what. saving: seconds spent on checkpoints by this process.
 
     Raises:
         ConfigError, DataError, ModelError: settings, data or a model that cannot be used.
@@ -100,15 +111,20 @@ class Simulation:
         dropout: float = 0.0,
         seed: int = 0,
         evaluate_every: int = 1,
+        evaluate_on: float = 1.0,
         execution: str = "auto",
         workers: int | None = None,
+        address: str | None = None,
         blocks: Blocks = "layer",
+        storage: Kept = "model",
+        models_in: Path | str | None = None,
         checkpoint: Path | str | None = None,
         checkpoint_seconds: float = 30.0,
     ) -> None:
         for name, good, value, wanted in (
             ("rounds", rounds >= 1, rounds, "1 or more"),
             ("participation", 0 < participation <= 1, participation, "more than 0, at most 1"),
+            ("evaluate_on", 0 < evaluate_on <= 1, evaluate_on, "more than 0, at most 1"),
             ("dropout", 0 <= dropout < 1, dropout, "0 or more and less than 1"),
             ("evaluate_every", evaluate_every >= 1, evaluate_every, "1 or more"),
             ("workers", workers is None or workers >= 1, workers, "1 or more, or None"),
@@ -117,7 +133,9 @@ class Simulation:
                 raise ConfigError(f"{name} = {value}: wanted {wanted}")
         if execution not in EXECUTIONS:
             raise ConfigError(f'execution = "{execution}"{did_you_mean(execution, EXECUTIONS)}')
-        federation = clients if isinstance(clients, Federation) else _federation(clients)
+        if address is not None and execution != "ray":
+            raise ConfigError(f'address = "{address}" is of a Ray cluster: wanted execution "ray"')
+        federation = clients if isinstance(clients, Federation) else federation_of(clients)
         check_federation(federation)
         self._federation = federation
         self.clients = federation.clients
@@ -125,12 +143,19 @@ class Simulation:
         classes = federation.task == "classification"
         self.training = (training or Training()).for_data(classes=classes)
         self.n_rounds = rounds
-        self.participation, self.dropout = participation, dropout
         self.seed, self.evaluate_every = seed, evaluate_every
         n_inputs = math.prod(federation.input_shape)
-        self.soup = Soup(self.algorithm, model, seed=seed, blocks=blocks, n_inputs=n_inputs)
-        self._travelling = _travelling(self.algorithm, self.soup.setup.layout)
+        self.soup = Soup(
+            self.algorithm,
+            model,
+            seed=seed,
+            blocks=blocks,
+            n_inputs=n_inputs,
+            storage=storage,
+            models_in=models_in,
+        )
         self._population = Population.of(self.clients)
+        self.draws = Draws(self._population.ids, seed, participation, dropout, evaluate_on)
         self._side = ClientSide(
             self.algorithm,
             self.soup.setup,
@@ -138,15 +163,15 @@ class Simulation:
             self.training,
             self._population,
             seed,
-            "auto" if execution == "processes" else execution,
+            "auto" if execution in ("processes", "ray") else execution,
         )
-        self._executor: Executor = InProcess(self._side)
-        if execution == "processes":
-            self._executor = Processes(self._side, workers or os.cpu_count() or 1)
+        _ = self._side.travelling  # a method that has it wrong is told so now
+        self._executor = make_executor(self._side, execution, self.draws.size, workers, address)
         self.soup.join(sorted(self._population.ids))
         self._progress = saved.Progress(self.algorithm.memory(self.soup.setup, len(self.clients)))
         self._folder = None if checkpoint is None else Path(checkpoint)
         self._interval = checkpoint_seconds
+        self.saving = 0.0
         self._whole = True
         self._check_outputs()
         if self._folder is not None and has_state(self._folder):
@@ -176,6 +201,8 @@ class Simulation:
             try:
                 while len(self.history) < self.n_rounds:
                     log = self._round(len(self.history) + 1)
+                    if isinstance(self._executor, Auto):
+                        self._executor.after(log, self.n_rounds - log.round)
                     if self._folder and time.monotonic() - saved_at > self._interval:
                         self.save()
                         saved_at = time.monotonic()
@@ -191,10 +218,13 @@ class Simulation:
         self.soup.abandon()  # what an interrupted attempt at this round has left
         now = self._begin(number)
         clock = now.clock
-        trained = self._executor.train(self._send(now), measured=now.evaluated)
-        for done in clock.over("local", trained):
-            with clock("fold"):
-                self._fold(now, done)
+        if isinstance(self._executor, Cluster):
+            self._train_apart(now, self._executor)
+        else:
+            trained = self._executor.train(self._send(now), measured=now.evaluated)
+            for done in clock.over("local", trained):
+                with clock("fold"):
+                    self._fold(now, done)
         with clock("commit"):
             before = self.soup.weights()
             self._whole = False
@@ -225,8 +255,8 @@ class Simulation:
         return log
 
     def _begin(self, number: int) -> Round:
-        cohort = self._cohort(number)
-        replying = {i for i in cohort if not self._drops(number, i)}
+        cohort = self.draws.cohort(number)
+        replying = {i for i in cohort if not self.draws.drops(number, i)}
         evaluated = number % self.evaluate_every == 0 or number == self.n_rounds
         return Round(number, cohort, replying, evaluated, Evaluation(number, len(self.clients)))
 
@@ -235,7 +265,7 @@ class Simulation:
         for group in self._population.groups(now.cohort, self._side.group):
             with now.clock("send"):
                 sent = self.soup.send([self._population.ids[i] for i in group])
-                now.bytes_down += self._wire(sent.message)
+                now.bytes_down += self._side.wire(sent.message)
                 there = [p for p, i in enumerate(group) if i in now.replying]
                 if not there:
                     continue
@@ -246,14 +276,27 @@ class Simulation:
     def _fold(self, now: Round, done: Trained) -> None:
         """Take in what the next of the working groups has done."""
         task, tickets = now.working.popleft()
-        local = done.local
-        lr = torch.full((len(tickets),), self.training.lr, dtype=torch.float64)
-        updates = Updates(tickets, local.delta, done.n_examples, local.steps, lr, local.extra)
-        now.bytes_up += sum(map(self._wire, (local.delta, *local.extra.values())))
+        updates = done.updates(tickets, self.training.lr)
+        now.bytes_up += sum(map(self._side.wire, (updates.delta, *updates.extra.values())))
         now.refused.update(r.reason for r in self.soup.fold(updates))
-        now.memory.append((task.places, local.memory))
+        now.memory.append((task.places, done.local.memory))
         if done.own is not None:
             now.evaluation.put("local", task.places, done.own)
+
+    def _train_apart(self, now: Round, cluster: Cluster) -> None:
+        """Send, local training and fold, where the clients' data are."""
+        with now.clock("local"):
+            harvest = cluster.train(
+                self.soup, now.number, now.cohort, now.replying, self._memory, now.evaluated
+            )
+        with now.clock("fold"):
+            self.soup.absorb(harvest.gathered)
+        now.refused.update(r.reason for r in harvest.gathered.refusals)
+        now.memory += harvest.memory
+        now.bytes_up, now.bytes_down = harvest.bytes_up, harvest.bytes_down
+        for places, found in harvest.found:
+            for model, measured in found.items():
+                now.evaluation.put(model, places, measured)
 
     def _row_statistics(
         self, before: Tensor | None, folded: Sequence[str]
@@ -266,9 +309,7 @@ class Simulation:
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         """Measure what every client would use now, and that after one local epoch."""
-        groups = list(self._population.groups(range(len(self.clients)), self._side.group))
-        tasks = (self._unsent(places, evaluation.round + 1) for places in groups)
-        for places, found in zip(groups, self._executor.evaluate(tasks), strict=True):
+        for places, found in self._measured(evaluation.round + 1):
             for model, measured in found.items():
                 evaluation.put(model, places, measured)
         self._progress.evaluated(evaluation)
@@ -276,27 +317,14 @@ class Simulation:
         if weights is not None:
             self._progress.weights.add(evaluation.round, weights)
 
-    def _cohort(self, number: int) -> list[int]:
-        """Places of the sampled clients; drawn over sorted ids, so their order does not matter."""
-        ids = self._population.ids
-        by_id = sorted(range(len(ids)), key=ids.__getitem__)
-        k = max(1, round(self.participation * len(ids)))
-        if k == len(ids):
-            return by_id
-        drawn = numpy_generator(self.seed, "cohort", number).choice(len(ids), k, replace=False)
-        return [by_id[i] for i in np.sort(drawn)]
-
-    def _drops(self, number: int, place: int) -> bool:
-        if not self.dropout:
-            return False
-        name = self._population.ids[place]
-        return numpy_generator(self.seed, "dropout", number, name).random() < self.dropout
-
-    def _wire(self, sent: Tensor) -> int:
-        """Bytes on the wire: of rows (..., P) the parts that travel, of anything else all."""
-        if sent.shape[-1:] != (self.soup.setup.layout.size,):
-            return sent.nbytes
-        return sent.shape[:-1].numel() * self._travelling * sent.element_size()
+    def _measured(self, number: int) -> Iterator[tuple[list[int], dict[str, dict[str, Measured]]]]:
+        chosen = self.draws.evaluated(number - 1)
+        if isinstance(self._executor, Cluster):
+            yield from self._executor.evaluate(self.soup, number, self._memory, chosen).found
+            return
+        groups = list(self._population.groups(chosen, self._side.group))
+        tasks = (self._unsent(places, number) for places in groups)
+        yield from zip(groups, self._executor.evaluate(tasks), strict=True)
 
     def _task(self, places: list[int], number: int, message: Tensor) -> Task:
         memory = {name: table[places] for name, table in self._memory.items()}
@@ -367,40 +395,23 @@ class Simulation:
         """Write the checkpoint, atomically. Raises StateError if it cannot be written."""
         if self._folder is None:
             raise ConfigError("this simulation has no checkpoint folder: pass checkpoint=FOLDER")
+        began = time.perf_counter()
         saved.save(self._folder, self._identity(), self.soup, self._progress)
         self._saved_rounds = len(self.history)
+        self.saving += time.perf_counter() - began
+
+    @property
+    def chosen(self) -> str:
+        """How clients are trained, and why so, in a line."""
+        return described(self._side, self._executor)
 
     def _identity(self) -> dict[str, Any]:
         return {
             "training": dataclasses.asdict(self.training),
-            "participation": self.participation,
-            "dropout": self.dropout,
+            "participation": self.draws.participation,
+            "dropout": self.draws.dropout,
             "evaluate_every": self.evaluate_every,
+            "evaluate_on": self.draws.evaluate_on,
             "clients": [[c.id, len(c.train), len(c.validation), len(c.test)] for c in self.clients],
-            "data": saved.digest(self._population.splits["train"]),
+            "data": self._population.digest,
         }
-
-
-def _federation(clients: Sequence[Client]) -> Federation:
-    """Clients of the caller's own: what a model takes and gives is read off their data."""
-    if not clients:
-        raise ConfigError("clients is empty: wanted 1 client or more")
-    first = clients[0].train
-    shape = tuple(first.x.shape[1:])
-    if first.y.dtype.is_floating_point:
-        return Federation("clients", tuple(clients), "regression", first.y.shape[-1], shape)
-    targets = [split.y for c in clients for _, split in c.splits() if len(split)]
-    n_classes = max((int(y.max()) + 1 for y in targets), default=0)
-    return Federation("clients", tuple(clients), "classification", n_classes, shape)
-
-
-def _travelling(algorithm: Algorithm, layout: Layout) -> int:
-    """How many numbers of a row are sent."""
-    parts = algorithm.travels(layout)
-    bounds = [0, *(bound for part in parts for bound in part), layout.size]
-    if bounds != sorted(bounds):
-        raise ConfigError(
-            f"{algorithm.name}: travels gives {parts}: wanted (start, stop) of parts of a row of "
-            f"{layout.size} numbers, in order, none twice"
-        )
-    return sum(stop - start for start, stop in parts)
