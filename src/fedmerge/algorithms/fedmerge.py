@@ -54,7 +54,7 @@ class FedMerge(Algorithm):
     name: ClassVar[str] = "fedmerge"
     streams: ClassVar[bool] = True
     d: int | None = None
-    init_noise: float = 0.1
+    init_noise: float = 0.3
     cap: float = 0.1
     horizon: int = 60
     leave_one_out: bool = True
