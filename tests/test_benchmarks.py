@@ -18,6 +18,7 @@ from benchmarks.output import write
 from benchmarks.peers.__main__ import Peer, figures
 from benchmarks.peers.__main__ import main as run_peers
 from benchmarks.rounds import BARE
+from benchmarks.server import STEP
 from benchmarks.simulated import Simulated, executions
 from benchmarks.sizes import FULL, TINY
 from benchmarks.tasks import BareLoop, Task, w1, w2
@@ -175,6 +176,9 @@ def test_rounds_list_every_execution_and_the_bare_loop_is_the_unit(
 def test_server_steps_are_held_to_a_floor(made: dict[str, list[Figure]]) -> None:
     case = found(made["server"], f"d={TINY.server_d} m={TINY.server_m}")
     assert {"merge", "scores", "update", "round, rule=paper", "round, default rule"} <= set(case)
+    parts = [case[name].at["parameters"] for name in ("merge, into fresh memory", STEP)]
+    assert parts == [case["merge"].at["parameters"]] * 2
+    assert "wanted: at most" in case[STEP].note
     assert all(figure.ratio is not None and figure.ratio.min > 0 for figure in case.values())
 
 

@@ -121,6 +121,23 @@ def test_moving_to_workers_and_back_changes_no_bit(monkeypatch: pytest.MonkeyPat
     assert "workers" in made.chosen
 
 
+def local() -> nn.Module:
+    class Local(nn.Linear):
+        """No other process can import it."""
+
+    return Local(5, 3)
+
+
+def test_a_run_goes_on_here_where_workers_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmerge.sim.choice.WORTH", 0.0)
+    made, auto = automatic(rounds=4, m=34, model=local)
+    list(made.rounds())
+    assert len(made.history) == 4
+    assert isinstance(auto._now, InProcess)
+    assert "in this process, as workers cannot be had" in made.chosen
+    assert "model (Local) cannot be sent" in made.chosen
+
+
 def big() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 1100), nn.ReLU(), nn.Linear(1100, 950), nn.Linear(950, 3))
 

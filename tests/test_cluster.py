@@ -31,7 +31,7 @@ from fedmerge.sim import Simulation
 from fedmerge.sim import cluster as module
 from fedmerge.sim.cluster import Cluster
 from fedmerge.sim.population import Population
-from fedmerge.sim.shards import Harvest, Tree, blocks, deal
+from fedmerge.sim.shards import Harvest, Order, Round, Shards, Tree, blocks, deal
 from fedmerge.soup import Gathered, Soup
 from test_conformance import finish, short, states
 from test_processes import CLIENTS, RAGGED, SOURCE, gone, same
@@ -184,6 +184,21 @@ def test_a_population_is_taken_apart() -> None:
     assert len(part.splits["train"].x) == sum(
         len(split) for place in (7, 2) for _, split in CLIENTS[place].splits()
     )
+
+
+@pytest.mark.parametrize("measured", [None, True])
+def test_a_shard_may_have_nobody_of_the_cohort(measured: bool | None) -> None:
+    made = simulate("fedmerge", CLIENTS)
+    places = [0, 3]
+    orders = [
+        Order(own, [True] * len(own), made.soup.rows([CLIENTS[i].id for i in own]), {})
+        for own in ([], places, [], [])
+    ]
+    shards = Shards(made._side, list(range(len(CLIENTS))))
+    harvest = shards.do(made.soup.shared, Round(1, 0, measured, orders))
+    assert sorted(place for own, _ in harvest.found for place in own) == places
+    trained = [] if measured is None else [CLIENTS[i].id for i in places]
+    assert sorted(harvest.gathered.clients) == trained
 
 
 @pytest.mark.parametrize("actors", [1, 2, 3, 5, 8])

@@ -84,10 +84,14 @@ def test_ports_and_files(tmp_path: Path) -> None:
     good = credentials(tmp_path)
     with server(None) as port, pytest.raises(ConfigError, match="does not speak TLS"):
         start(port, good / "ca.crt")
-    with pytest.raises(ConfigError, match=r"no\.key is not a file"):
+    with pytest.raises(ConfigError, match=r"no\.key cannot be read \(No such file"):
         start(1, good / "ca.crt", "--auth-supernode-private-key", str(good / "no.key"))
     with pytest.raises(ConfigError, match="holds no certificate"):
         start(1, good / "site.key.pub")
     with server(good) as port, pytest.raises(ConfigError, match=f"port {port} is in use"):
         check_node(["--superlink", "127.0.0.1:1", "--port", str(port)])
     check_node(["--port", "many"])  # Flower's parser says it
+    check_node(["--port", "99999"])
+    more = ["--port", str(free_port()), "--root-certificates", str(good / "ca.crt")]
+    for server_address in ("no..name:9092", "127.0.0.1:99999", "host:²"):
+        check_node(["--superlink", server_address, *more])

@@ -290,6 +290,35 @@ def test_a_client_with_another_model_is_told_so(tmp_path: Path) -> None:
     assert [log.dropped for log in server.progress.history] == [1, 1, 1]
 
 
+def test_a_round_is_tried_again_with_the_same_updates(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "fedmerge:d=2", "clients": 2, "least": 2, "rounds": 2}
+    whole = serve(tmp_path / "whole", grid_of(make_clients(2)), **options)
+    grid, failed = grid_of(make_clients(2)), []
+
+    def fail_once(message: Any, reply: Any) -> Any:
+        if failed or message.metadata.message_type != "train":
+            return reply
+        failed.append(message)
+        return changed(message, reply, error="no answer")
+
+    grid.nodes[101].change = fail_once
+    server = serve(tmp_path / "again", grid, **options)
+    assert server.soup.refused == {}  # c0 has sent in the second attempt what it sent in the first
+    assert torch.equal(server.soup.shared["models"], whole.soup.shared["models"])
+
+
+def test_rounds_with_other_noise_are_not_counted_as_if_they_had_this_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "fedavg", "clients": 2, "clip": 1.0}
+    grid = grid_of(make_clients(2))
+    serve(tmp_path / "low", grid, noise=0.3, rounds=1, **options)
+    with pytest.raises(StateError, match=r"is of rounds with noise = 0\.3 and row_noise = 0"):
+        serve(tmp_path / "low", grid, noise=10.0, rounds=2, **options)
+    serve(tmp_path / "none", grid, method="fedavg", clients=2, rounds=1)
+    with pytest.raises(StateError, match="is of rounds with no privacy"):
+        serve(tmp_path / "none", grid, rounds=2, **options)
+    serve(tmp_path / "low", grid, noise=0.3, rounds=2, **options)
+
+
 def test_when_every_client_fails_the_server_stops_and_says_why(tmp_path: Path) -> None:
     grid = grid_of(make_clients(4), model=lambda: nn.Linear(6, 3))
     with pytest.raises(ConfigError, match=r"3 attempts at round 1 .* the same model"):

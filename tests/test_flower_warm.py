@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux 
 
 # Stands for the SuperNode: the forking process is its child, and ends after it.
 PARENT = """
-import subprocess, sys, time
-subprocess.Popen([sys.executable, "-m", "fedmerge.deploy.warm", *sys.argv[1:]],
-                 start_new_session=True)
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-m", "fedmerge.deploy.warm", sys.argv[1], str(os.getpid()),
+                  *sys.argv[2:]], start_new_session=True)
 time.sleep(600)
 """
 
@@ -65,6 +66,25 @@ def test_a_call_is_answered_by_a_fork_that_has_torch_loaded(folder: Path) -> Non
     assert time.monotonic() - start < loading / 2
     assert "--token-file is required" in call(folder, "--insecure").stderr
     assert call(folder, "--help").stdout == first.stdout  # a fork that fails harms nobody
+    for _ in range(3):  # nor does a caller that does not wait for its answer
+        with socket.socket(socket.AF_UNIX) as hasty:
+            hasty.connect(str(folder / "socket"))
+            socket.send_fds(hasty, [b"no list"], [1, 2])
+    assert call(folder, "--help").stdout == first.stdout
+
+
+def test_a_parent_that_ended_before_the_first_look_leaves_nothing_behind(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    made = tmp_path / "node"
+    made.mkdir()
+    serve = (
+        "import sys, pathlib, fedmerge.deploy.warm as w; w.PRELOADED = ();"
+        "w.serve(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", serve, str(made / "socket"), str(gone.pid)]
+    subprocess.run(command, check=True, timeout=60)
+    assert not made.exists()
 
 
 def test_without_the_forking_process_flowers_own_command_runs(tmp_path: Path) -> None:

@@ -74,6 +74,20 @@ def test_rows_are_read_from_where_they_are(dtype: str, tmp_path: Path) -> None:
     assert torch.equal(again[torch.tensor([2, 1])].read(), wanted[[2, 1]])
 
 
+def test_numbers_that_no_file_holds_stay_in_memory(tmp_path: Path) -> None:
+    """Copies of a mapped array are of its type; what copy-on-write has changed is not in it."""
+    x, y = arrays()
+    whole = mapped(tmp_path, x)
+    changed = np.load(tmp_path / "x.npy", mmap_mode="c")
+    changed += 1
+    for given, wanted in ((whole.copy(), x), (whole.astype("float32"), x), (changed, x + 1)):
+        assert isinstance(given, np.memmap)
+        split = federation(given, y).clients[1].train
+        assert not isinstance(split, StoredSplit)
+        plain = federation(wanted, y).clients[1].train
+        assert torch.equal(split.x, plain.x)
+
+
 def test_columns_of_a_file_are_refused(tmp_path: Path) -> None:
     whole = mapped(tmp_path, arrays()[0])
     with pytest.raises(DataError, match=r"rows are not side by side in the file; give the array"):

@@ -24,6 +24,7 @@ from core_fixture import (
     play,
     soup_tensors,
 )
+from fedmerge import soup as server
 from fedmerge.algorithms import (
     IFCA,
     FedAvg,
@@ -546,3 +547,47 @@ def test_the_reference_rule_judges_by_the_last_layer_whatever_the_blocks(blocks:
     other.commit()
     assert torch.equal(moved, other.rows(["a", "b", "c"])["logits"])
     assert float(moved.abs().max()) > 0
+
+
+def test_each_row_is_hashed_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    original = server._digests
+
+    def counting(rows: Any, k: int) -> list[str]:
+        hashed.append(k)
+        return original(rows, k)
+
+    monkeypatch.setattr(server, "_digests", counting)
+    soup = make_soup()
+    sent = soup.send(["a", "b", "c"])
+    assert soup.send(["c", "a"]).tickets == (sent.tickets[2], sent.tickets[0])
+    assert not soup.fold(make_updates(sent, made_delta(soup, 3, 5)))
+    assert hashed == [3]
+    soup.commit()
+    after = soup.send(["a", "b", "c"]).tickets
+    assert hashed == [3, 3]
+    assert [ticket.row for ticket in after] == original(soup.rows(["a", "b", "c"]), 3)
+    assert not {t.row for t in after} & {t.row for t in sent.tickets}
+
+
+def test_a_client_that_joins_in_an_open_round_is_known_from_then_on() -> None:
+    soup, other = make_soup(), make_soup()
+    soup.send(["a"])
+    updates = make_updates(other.send(["a", "b"]), made_delta(soup, 2, 5))
+    assert soup.fold(updates) == [Refusal("b", "unknown")]
+    soup.join(["b"])
+    assert soup.fold(updates.take([1])) == []
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 19])
+def test_the_reference_rule_uses_every_update_whatever_came_together(chunk: int) -> None:
+    soup = Soup(FedMergePaper(d=3), net())
+    names = [f"c{i:02d}" for i in range(19)]
+    models, delta = soup.shared["models"].clone(), made_delta(soup, 19, 5)
+    updates = make_updates(soup.send(names), delta)
+    for first in range(0, 19, chunk):
+        assert not soup.fold(updates.take(range(first, min(first + chunk, 19))))
+    soup.commit()
+    share = torch.softmax(soup.rows(names)["logits"][:, 0], -1) * updates.n_examples[:, None]
+    wanted = models - (share.T @ delta.double() / share.sum(0)[:, None])
+    assert torch.allclose(soup.shared["models"].double(), wanted, atol=1e-6)

@@ -93,6 +93,8 @@ class Examples:
 
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """x (*index, *features) and y of the examples at places of the pool."""
+        if index.ndim == 1:
+            return self.x.index_select(0, index), self.y.index_select(0, index)
         flat = index.reshape(-1)
         x, y = (part.index_select(0, flat) for part in (self.x, self.y))
         return x.view(*index.shape, *x.shape[1:]), y.view(*index.shape, *y.shape[1:])

@@ -141,9 +141,9 @@ def finite_rows(delta: Tensor) -> list[bool]:
         kernels.call(fast.finite, delta.contiguous(), found)
         return [bool(ok) for ok in found]
     # A sum is finite only if every number is, save for overflow: look closer only then.
-    sums = torch.isfinite(delta.sum(-1, dtype=torch.float64))
+    sums = torch.isfinite(delta.sum(-1))  # in its own dtype: converted numbers are summed slowly
     return [
-        bool(ok) or bool(torch.isfinite(row).all()) for ok, row in zip(sums, delta, strict=True)
+        ok or bool(torch.isfinite(row).all()) for ok, row in zip(sums.tolist(), delta, strict=True)
     ]
 
 
@@ -306,11 +306,13 @@ class ModelSum:
             kernels.call(fast.step, own, self.total, self.mass, cuts, n, moved)
         for start, stop, block in () if fast else _chunks(self.segments):
             mass = self.mass[block][:, None]
-            values = self.total[:, start:stop] / torch.where(mass > 0, mass, 1.0)
-            own = models[:, start:stop].double()
+            used = mass > 0
+            values = self.total[:, start:stop] / torch.where(used, mass, 1.0)
+            own = models[:, start:stop]
             n = max(0, min(stop, self.n_params) - start)  # of these columns, parameters
-            values[:, :n] = own[:, :n] - values[:, :n]
-            values = torch.where(mass > 0, values, own)
+            torch.sub(own[:, :n], values[:, :n], out=values[:, :n])
+            if not used.all():
+                values = torch.where(used, values, own.double())
             if self.salt is not None and models.dtype == torch.bfloat16:
                 moved[:, start:stop] = by_chance(values, start, self.salt)
             else:

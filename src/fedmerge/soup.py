@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import kernels
@@ -215,10 +217,8 @@ class Soup:
         self.join(clients)
         rows = self.rows(clients)
         message = self._message(rows, len(clients), out)
-        tickets = tuple(
-            Ticket(client, self.version, digest)
-            for client, digest in zip(clients, _digests(rows, len(clients)), strict=True)
-        )
+        self._name(clients, rows)
+        tickets = tuple(Ticket(c, self.version, self._digests[c]) for c in clients)
         return Sent(tickets, message)
 
     def message(self, clients: Sequence[str]) -> Tensor:
@@ -250,11 +250,11 @@ class Soup:
             )
         refusals: list[Refusal] = []
         taken: list[int] = []
-        finite = finite_rows(updates.delta)
-        known = [t.client for t in updates.tickets if t.client in self._roster]
-        digests = dict(zip(known, _digests(self.rows(known), len(known)), strict=True))
+        new = {t.client for t in updates.tickets if t.client not in self._digests}
+        self._name([client for client in new if client in self._roster])
+        sound = self._sound(updates)
         for i, ticket in enumerate(updates.tickets):
-            reason = self._judge(updates, i, digests.get(ticket.client), finite[i])
+            reason = self._judge(updates, i, sound[i])
             if reason is None:
                 self._seen.add(ticket.client)
                 taken.append(i)
@@ -266,7 +266,8 @@ class Soup:
             else:
                 # A copy takes longer than folding does, but what is kept must not be the caller's.
                 whole = len(taken) == len(updates) and self.algorithm.streams
-                self._fold(updates if whole and not self.safety.trim else updates.take(taken))
+                keeps = self.safety.trim or not whole
+                self._fold(_copied(updates, taken) if keeps else updates)
         return refusals
 
     def refuse(self, client: str, reason: Reason) -> Refusal:
@@ -314,8 +315,10 @@ class Soup:
         fold = self.safety.finish(self._round, any_folded=bool(folded))
         self.shared, rows = self.algorithm.commit(self.setup, self.shared, fold, self.version)
         if rows and folded:
-            before = self.rows(folded)
-            self._roster.put(folded, self.safety.noisy(self.algorithm, rows, before, self.version))
+            if not self.safety.idle:
+                before = self.rows(folded)
+                rows = self.safety.noisy(self.algorithm, rows, before, self.version)
+            self._roster.put(folded, rows)
         self.version += 1
         self._reset_round()
         return folded
@@ -329,6 +332,8 @@ class Soup:
         self._seen: set[str] = set()
         self._folded: list[str] = []
         self._waiting: dict[str, Updates] = {}
+        # Of clients' rows, which stay what they are until the round ends.
+        self._digests: dict[str, str] = {}
 
     def _fold(self, updates: Updates) -> None:
         clients = [t.client for t in updates.tickets]
@@ -337,24 +342,42 @@ class Soup:
         self.algorithm.fold(self.setup, self.shared, rows, updates, self._round, self.version)
         self._folded += clients
 
-    def _judge(self, updates: Updates, i: int, digest: str | None, finite: bool) -> Reason | None:
+    def _judge(self, updates: Updates, i: int, numbers: Reason | None) -> Reason | None:
         ticket = updates.tickets[i]
-        if digest is None:
+        if ticket.client not in self._digests:
             return "unknown"
-        if ticket.version != self.version or ticket.row != digest:
+        if ticket.version != self.version or ticket.row != self._digests[ticket.client]:
             return "stale"
         if ticket.client in self._seen:
             return "duplicate"
-        wanted = self.algorithm.update_shape(self.setup.layout)
-        if updates.delta[i].shape != wanted or updates.delta.dtype != self.setup.layout.dtype:
+        extra = {name: value[i] for name, value in updates.extra.items()}
+        if numbers == "shape" or not self.algorithm.fits(self.shared, extra):
             return "shape"
-        if not self.algorithm.fits(self.shared, {n: v[i] for n, v in updates.extra.items()}):
-            return "shape"
-        if not updates.n_examples[i] > 0 or not updates.steps[i] > 0:
-            return "empty"
-        if not finite or not 0 < float(updates.lr[i]) < float("inf"):
-            return "non-finite"
-        return self.safety.judge(ticket.client, updates.delta[i], self.setup)
+        return numbers or self.safety.judge(ticket.client, updates.delta[i], self.setup)
+
+    def _sound(self, updates: Updates) -> list[Reason | None]:
+        """What is wrong with the numbers of each update, whoever sent it."""
+        layout, delta = self.setup.layout, updates.delta
+        if delta.shape[1:] != self.algorithm.update_shape(layout) or delta.dtype != layout.dtype:
+            return ["shape"] * len(updates)
+        # Lists: to look at a tensor's numbers one by one takes long.
+        counts = zip(updates.n_examples.tolist(), updates.steps.tolist(), strict=True)
+        rates = zip(finite_rows(delta), updates.lr.tolist(), strict=True)
+        return [
+            "empty"
+            if not (n > 0 and steps > 0)
+            else None
+            if finite and 0 < lr < math.inf
+            else "non-finite"
+            for (n, steps), (finite, lr) in zip(counts, rates, strict=True)
+        ]
+
+    def _name(self, clients: Sequence[str], rows: Tensors | None = None) -> None:
+        """See to it that `self._digests` has those of `clients`; `rows` are theirs, if at hand."""
+        if all(client in self._digests for client in clients):
+            return
+        rows = self.rows(clients) if rows is None else rows
+        self._digests.update(zip(clients, _digests(rows, len(clients)), strict=True))
 
     # -- on disk -----------------------------------------------------------------------------------
 
@@ -429,15 +452,24 @@ def _part(tensors: Tensors, prefix: str) -> Tensors:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def _copied(updates: Updates, places: Sequence[int]) -> Updates:
+    """The updates at `places`, as `Updates.take` gives them, in memory that is got faster."""
+    delta = updates.delta.detach()
+    made = kernels.empty((len(places), *delta.shape[1:]), delta.dtype)
+    torch.index_select(delta, 0, torch.tensor(places), out=made)
+    others = dataclasses.replace(updates, delta=delta[:, :0]).take(places)
+    return dataclasses.replace(others, delta=made)
+
+
 def _digests(rows: Tensors, k: int) -> list[str]:
     """A short digest of each client's rows: names the model that was merged from them."""
     if not k:
         return []
-    flat = [rows[name].reshape(k, -1).contiguous() for name in sorted(rows)]
+    flat = [rows[name].reshape(k, -1).contiguous().numpy() for name in sorted(rows)]
     made = []
     for i in range(k):
         digest = hashlib.blake2b(digest_size=8)
         for part in flat:
-            digest.update(part[i].numpy().tobytes())
+            digest.update(part[i])
         made.append(digest.hexdigest())
     return made

@@ -7,6 +7,7 @@ updates, O(k P), until the round ends; the default rule does not need that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -17,6 +18,9 @@ from ..local import Proximal
 from ..merging import ModelSum, block_scores, merge_weighted, merging_weights, paper_row_step
 from ..params import Layout
 from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
+
+BUNDLE = 8
+"""Updates added to the sum at once, at least: each time, all of it is read and written."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,26 @@ class FedMergePaper(Algorithm):
     ) -> tuple[Tensors, Tensors]:
         if not fold.parts:
             return shared, {}
-        models, delta, n = shared["models"], fold.gathered("delta"), fold.gathered("n")
-        scores = block_scores(delta, models, [setup.layout.last_layer])[:, 0]
+        models, n = shared["models"], fold.gathered("n")
+        head = [setup.layout.last_layer]
+        scores = [block_scores(part["delta"], models, head)[:, 0] for part in fold.parts]
         logits = paper_row_step(
-            fold.gathered("logits")[:, 0], scores, n, logit_step=self.logit_step
+            fold.gathered("logits")[:, 0], torch.cat(scores), n, logit_step=self.logit_step
         )
         total = ModelSum.for_layout(setup.layout, len(models))
-        total.add((merging_weights(logits) * n[:, None])[:, None], delta)
+        share = (merging_weights(logits) * n[:, None])[:, None]
+        first = 0
+        for delta in _bundles(fold.parts):
+            total.add(share[first : first + len(delta)], delta)
+            first += len(delta)
         return {**shared, "models": total.step(models)}, {"logits": logits[:, None]}
+
+
+def _bundles(parts: Sequence[Tensors]) -> Iterator[Tensor]:
+    """The updates (k, P) part by part; small parts are copied together."""
+    held: list[Tensor] = []
+    for place, part in enumerate(parts, 1):
+        held.append(part["delta"])
+        if sum(map(len, held)) >= BUNDLE or place == len(parts):
+            yield held[0] if len(held) == 1 else torch.cat(held)
+            held = []

@@ -33,7 +33,7 @@ def execute(
         build: makes the simulation of these settings, given where to keep its checkpoint.
         folder: run folder, or None to keep nothing.
         on_round: called with the log of each round that is run now.
-        profile: takes in the seconds of what is run now; with a folder, it is written there.
+        profile: takes in the seconds of what is run now.
 
     Raises:
         StateError: the folder cannot be written, or holds a run with other settings.

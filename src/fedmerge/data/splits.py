@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmerge.data.clients import Client, Federation, Task, check_federation, shape_error
 from fedmerge.data.draws import generator
-from fedmerge.data.stored import Inputs, Stored, make_split
+from fedmerge.data.stored import Inputs, Stored, make_split, stays_in_file
 from fedmerge.errors import ConfigError, DataError
 
 MIN_EXAMPLES = 4
@@ -175,7 +175,7 @@ def _inputs(client: str, value: Tensor | ArrayLike) -> Inputs:
         raise DataError(
             f'client "{client}": inputs of shape {array.shape}, wanted (examples, features, ...)'
         )
-    if isinstance(value, np.memmap):
+    if isinstance(value, np.memmap) and stays_in_file(value):
         return Stored.of(value)
     return _float32(array)
 

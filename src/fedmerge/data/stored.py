@@ -115,6 +115,13 @@ Inputs = Tensor | Stored
 """Inputs in memory, or in their file."""
 
 
+def stays_in_file(array: np.memmap[Any, Any]) -> bool:
+    """Whether a file holds these numbers: copies of a mapped array are of its type, too, and what
+    was changed by copy-on-write is in memory only."""
+    held = getattr(array, "_mmap", None) is not None and array.filename is not None
+    return held and array.mode != "c"
+
+
 def make_split(x: Inputs, y: Tensor, source: Tensor | None) -> Split:
     """Return the split of these examples, wherever their inputs are."""
     return StoredSplit(x, y, source) if isinstance(x, Stored) else Split(x, y, source)

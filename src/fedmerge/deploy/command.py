@@ -1,4 +1,4 @@
-"""The commands `fedmerge deploy init | check` and `fedmerge status`.
+"""The commands `fedmerge deploy init | check | node` and `fedmerge status`.
 
 They read options and print; what they do is in the modules beside this one, loaded when it is
 needed.

@@ -71,9 +71,10 @@ def run_node(arguments: Sequence[str], preload: Sequence[str] = ()) -> NoReturn:
         folder = Path(tempfile.mkdtemp(prefix="fedmerge-node-"))  # for this user only
         address = folder / "socket"
         _write_stub(folder, address, client)
-        command = [sys.executable, "-m", "fedmerge.deploy.warm", str(address), *preload]
-        # Its parent is the SuperNode from the exec below on. It sees by itself when that has ended,
-        # also by a kill of the whole group, and then removes the folder.
+        # Its parent, by this number, is the SuperNode from the exec below on. It sees by itself
+        # when that has ended, also by a kill of the whole group, and then removes the folder.
+        command = [sys.executable, "-m", "fedmerge.deploy.warm", str(address), str(os.getpid())]
+        command += preload
         subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         path = str(folder) + os.pathsep + path
     os.environ["PATH"] = path
@@ -89,53 +90,60 @@ def _write_stub(folder: Path, address: Path, client: str) -> None:
     command.chmod(0o700)
 
 
-def serve(address: Path, preload: Sequence[str] = ()) -> None:
-    """Load what clients need, then fork a client for every call, until the parent has ended."""
-    parent = os.getppid()
+def serve(address: Path, parent: int, preload: Sequence[str] = ()) -> None:
+    """Load what clients need, then fork a client for every call, until `parent` has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a client's end
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(str(address))
-        door.listen()  # calls wait until all is loaded
-        door.settimeout(LOOK)
-        for name in (*PRELOADED, *preload):
-            try:
-                importlib.import_module(name)
-            except ImportError as error:  # the client's own import says it again, to the server
-                print(f"fedmerge: {name} cannot be loaded beforehand: {error}", file=sys.stderr)
-        while os.getppid() == parent:
-            with contextlib.suppress(TimeoutError):
-                call, _ = door.accept()
-                with call:
-                    _fork(door, call)
-    shutil.rmtree(address.parent, ignore_errors=True)
+    try:
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(str(address))
+            door.listen()  # calls wait until all is loaded
+            door.settimeout(LOOK)
+            for name in (*PRELOADED, *preload):
+                try:
+                    importlib.import_module(name)
+                except Exception as error:  # the client's own import says it again, to the server
+                    print(f"fedmerge: {name} cannot be loaded beforehand: {error}", file=sys.stderr)
+            while os.getppid() == parent:
+                # Nobody calls; or the caller has gone, or no fork is to be had: then it is told
+                # nothing, and starts Flower's own.
+                with contextlib.suppress(OSError):
+                    call, _ = door.accept()
+                    with call:
+                        _fork(door, call)
+    except OSError as error:
+        print(f"fedmerge: no warm start of clients: {error}", file=sys.stderr)
+    finally:
+        shutil.rmtree(address.parent, ignore_errors=True)
 
 
 def _fork(door: socket.socket, call: socket.socket) -> None:
     call.settimeout(None)
     body, handles, _, _ = socket.recv_fds(call, LONGEST, 2)
-    if len(handles) != 2:
-        return  # a caller that has gone
-    if os.fork() == 0:
-        door.close()
-        call.close()
-        _be_client(json.loads(body), handles)
-    for handle in handles:
-        os.close(handle)
+    try:
+        if len(handles) != 2:
+            return  # a caller that has gone
+        if os.fork() == 0:
+            _be_client(body, handles, door, call)
+    finally:
+        for handle in handles:
+            os.close(handle)
     call.send(b"1")
 
 
-def _be_client(arguments: list[str], handles: list[int]) -> NoReturn:
+def _be_client(body: bytes, handles: list[int], *ours: socket.socket) -> NoReturn:
     """Run Flower's own command in this process, and end it."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for one in ours:
+            one.close()
         for mine, theirs in zip(handles, (1, 2), strict=True):
             os.dup2(mine, theirs)
         import numpy as np
         from flwr.supernode.cli import flwr_clientapp
 
         np.random.seed()
-        sys.argv = [CLIENT, *arguments]
+        sys.argv = [CLIENT, *json.loads(body)]
         flwr_clientapp()
         status = 0
     except SystemExit as end:
@@ -150,4 +158,4 @@ def _be_client(arguments: list[str], handles: list[int]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), sys.argv[2:])
+    serve(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -30,7 +30,8 @@ class Gathered:
 
     Attributes:
         number: of the round. cohort: clients asked. folded: those whose update was taken.
-        refused: updates by reason. own: figures of the clients' own models.
+        refused: updates by reason. own: figures of the clients' own models. digests: of the updates
+            that were taken, by client.
         bytes_up, bytes_down: of updates taken and of models sent. clock: seconds by phase.
     """
 
@@ -40,6 +41,7 @@ class Gathered:
         self.folded: set[str] = set()
         self.refused: Counter[str] = Counter()
         self.own: dict[str, wire.Figures] = {}
+        self.digests: dict[str, bytes] = {}
         self.clock = Clock()
 
 
@@ -56,6 +58,13 @@ class Intake:
         self._roster = roster
         self._parts = soup.algorithm.travels(soup.setup.layout)
         self._last_digest: dict[str, bytes] = {}
+
+    def committed(self, now: Gathered) -> None:
+        """Remember a round's updates, which are not taken again in a later one.
+
+        Those of a round that is tried again are: it asks for the same work.
+        """
+        self._last_digest |= now.digests
 
     def receive(self, now: Gathered, letter: Letter, records: Any, error: str | None) -> None:
         """Take a reply in, or say why not. The ticket is the server's own, not the client's."""
@@ -134,7 +143,7 @@ class Intake:
         )
         if refusals:
             return refusals[0].reason
-        self._last_digest[client] = digest
+        now.digests[client] = digest
         now.bytes_up += n_bytes(reply.coded) + n_bytes(reply.extra)
         return None
 

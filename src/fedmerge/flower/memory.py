@@ -96,9 +96,10 @@ def write_memory(kept: Any, node_config: Mapping[str, Any], client: str, memory:
     from safetensors.torch import save
 
     with contextlib.suppress(OSError):  # what is wrong is said below, by name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells about the data
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     whole = {name: value.contiguous().clone() for name, value in values.items()}
-    write_atomic(path, save(whole, {"fedmerge": json.dumps({**facts, "client": client})}))
+    data = save(whole, {"fedmerge": json.dumps({**facts, "client": client})})
+    write_atomic(path, data, 0o600)  # it tells about the client's data
 
 
 def _read(path: Path) -> tuple[Values, dict[str, Any]]:

@@ -7,7 +7,7 @@ sends nothing and decides nothing about rounds.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def load(folder: Path, soup: Soup) -> Progress:
     """Make `soup` the one that `save` wrote, and return its progress.
 
     Raises:
-        StateError: damaged, or of another method, model, seed or version.
+        StateError: damaged, or of another method, model, seed, privacy or version.
     """
     tensors, facts = load_state(folder)
     kept = facts.get(EXTRA)
@@ -155,6 +155,7 @@ def load(folder: Path, soup: Soup) -> Progress:
             f"{folder} holds no state of this version of a deployed server; set fedmerge.state to "
             "another folder, or use the version that wrote it"
         )
+    _check_privacy(kept["settings"], soup, folder)
     own = {n: t for n, t in tensors.items() if n.split(".")[0] not in ("latest", "best")}
     soup.restore(own, facts, str(folder))
     evaluations = {
@@ -172,6 +173,18 @@ def load(folder: Path, soup: Soup) -> Progress:
         kept["readmitted"],
         kept.get("federation", ""),
     )
+
+
+def _check_privacy(then: Mapping[str, Any], soup: Soup, folder: Path) -> None:
+    """Raise StateError if epsilon, which counts all rounds alike, would be wrong for those done."""
+    now = soup.safety.privacy
+    had = (then["noise"], then["row_noise"]) if then["clip"] else None
+    if now is not None and had != (now.noise, now.row_noise):
+        what = "no privacy" if had is None else f"noise = {had[0]:g} and row_noise = {had[1]:g}"
+        raise StateError(
+            f"{folder} is of rounds with {what}, and epsilon counts all rounds alike: use the same "
+            "privacy, or set fedmerge.state to another folder"
+        )
 
 
 def result(settings: ServerConfig, soup: Soup, progress: Progress) -> dict[str, Any]:

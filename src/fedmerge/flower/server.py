@@ -186,6 +186,7 @@ class Server:
         with now.clock("commit"):
             before = soup.weights()
             folded = soup.commit()
+            self._intake.committed(now)
             rows = _row_statistics(before, soup.weights(), soup.clients, folded)
             progress.pending = RoundLog(
                 round=now.number,

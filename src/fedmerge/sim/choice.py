@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from ..errors import ConfigError
 from .cluster import Cluster
 from .execute import ClientSide, Executor, InProcess, Task, Trained
 from .log import Measured, RoundLog
@@ -58,6 +59,11 @@ class Auto:
 
     def train(self, tasks: Iterable[Task], *, measured: bool) -> Iterator[Trained]:
         """See `ClientSide.train`."""
+        if self._now is self._apart:
+            try:
+                self._apart.start()
+            except ConfigError as error:  # what cannot be sent, or no memory to share
+                self._decide(self._here, f"workers cannot be had ({error})")
         return self._now.train(tasks, measured=measured)
 
     def evaluate(self, tasks: Iterable[Task]) -> Iterator[dict[str, dict[str, Measured]]]:

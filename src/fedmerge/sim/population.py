@@ -100,8 +100,8 @@ class Population:
         """
         count = self.splits["train"].count
         ordered = sorted(places, key=lambda i: (-count[i], self.ids[i]))
-        n_groups = -(-len(ordered) // most)
-        bounds = [len(ordered) * i // n_groups for i in range(n_groups + 1)]
+        n_groups = -(-len(ordered) // most)  # none of no clients: a shard may have nothing to do
+        bounds = [len(ordered) * i // max(n_groups, 1) for i in range(n_groups + 1)]
         for first, last in pairwise(bounds):
             yield ordered[first:last]
 

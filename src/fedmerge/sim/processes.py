@@ -126,6 +126,21 @@ class Processes:
         """See `ClientSide.evaluate`."""
         return self._results(Job(task, None) for task in tasks)
 
+    def start(self) -> Workers:
+        """Start the processes, unless they are there; see the class for what is raised."""
+        if self._desks:
+            return self._workers
+        if multiprocessing.current_process().daemon:
+            raise ConfigError(
+                'execution = "processes" inside a worker process, which may not start others: use '
+                'execution "auto" there'
+            )
+        self._parcel = Parcel.of(self.side, "processes")
+        self._workers = Workers(self.size, _serve)
+        for worker in self._workers:
+            self._settle(worker)
+        return self._workers
+
     def close(self) -> None:
         """End all processes."""
         self._workers.dismiss()
@@ -140,7 +155,7 @@ class Processes:
         finished = False
         workers = self._workers
         try:
-            workers = self._start()
+            workers = self.start()
             while True:
                 self._hand_out(jobs, begun, again)
                 if not begun:
@@ -229,20 +244,6 @@ class Processes:
         return f"round {task.round}, {len(task.places)} clients from {ids[task.places[0]]} on"
 
     # -- processes ---------------------------------------------------------------------------------
-
-    def _start(self) -> Workers:
-        if self._desks:
-            return self._workers
-        if multiprocessing.current_process().daemon:
-            raise ConfigError(
-                'execution = "processes" inside a worker process, which may not start others: use '
-                'execution "auto" there'
-            )
-        self._parcel = Parcel.of(self.side, "processes")
-        self._workers = Workers(self.size, _serve)
-        for worker in self._workers:
-            self._settle(worker)
-        return self._workers
 
     def _settle(self, worker: Worker) -> None:
         self._desks[worker.pipe] = _Desk(worker, Asking(worker.pipe, AT_ONCE))

@@ -83,7 +83,8 @@ class Simulation:
             worker processes, "ray" for actors on a Ray cluster, each doing as "auto" does. With
             "auto" and a number of workers, in worker processes if the first rounds show that this
             is faster (the same bits): a script then needs `if __name__ == "__main__":`.
-        workers: number of worker processes or actors; None for one on each CPU.
+        workers: number of worker processes or actors; None for one on each CPU, but with "auto"
+            for none.
         address: of a running Ray cluster, "host:port" or "auto"; None for one of this run's own.
         blocks: the blocks of layers that have a row of merging weights each (`Layout.of`).
         storage: dtype of the server's models: "float32", "bfloat16", or "model" for the module's.
