@@ -78,7 +78,8 @@ class Simulation:
         seed: of every draw: cohorts, batches, initial models.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         evaluate_on: share of the clients that `merged` and `tuned` are evaluated on, at least two,
-            drawn anew for each evaluation; means then have a standard error.
+            drawn anew for each evaluation; means then have a standard error, and the round of least
+            validation loss is one of a lucky sample, too.
         execution: "auto", "stacked" or "sequential" (`Engine`), in this process; "processes" for
             worker processes, "ray" for actors on a Ray cluster, each doing as "auto" does. With
             "auto" and a number of workers, in worker processes if the first rounds show that this
@@ -88,7 +89,7 @@ class Simulation:
         address: of a running Ray cluster, "host:port" or "auto"; None for one of this run's own.
         blocks: the blocks of layers that have a row of merging weights each (`Layout.of`).
         storage: dtype of the server's models: "float32", "bfloat16", or "model" for the module's.
-        models_in: folder for the server's models, if they do not fit into memory (`Soup`).
+        models_in: folder for the server's models, if they are to be in files (`Soup`).
         checkpoint: folder to save to and to resume from; None for none.
         checkpoint_seconds: least time between saves; the end and an interruption always save.
 
