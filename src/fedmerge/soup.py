@@ -85,9 +85,9 @@ class Soup:
         safety: what is done against dishonest clients and for the privacy of honest ones.
         storage: dtype of the server's models: "float32", "bfloat16", or "model" for the module's
             own (`Storage`).
-        models_in: folder for the models, of one server only: they and the sum of a round are then in
-            files there, to which saved states refer, and memory is free for other things between
-            rounds. The first models are made in memory all the same.
+        models_in: folder for the models, of one server only: they and the sum of a round are then
+            in files there, to which saved states refer. The first models are made in memory all the
+            same.
     """
 
     def __init__(
