@@ -6,6 +6,7 @@ It keeps what every client ever put into every model, in full, where the library
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import combinations, permutations
 
 import numpy as np
 
@@ -24,11 +25,18 @@ class RuleByHand:
     pull: float = 20.0
     furthest: float = 0.2
     agreement: float = 0.2
+    settle: float = 0.2
     round: int = 0
     weights: dict[str, Row] = field(default_factory=dict)
     own: dict[str, Row] = field(default_factory=dict)
     seen: dict[str, list[int]] = field(default_factory=dict)
     last: dict[str, tuple[Row, Row]] = field(default_factory=dict)  # update (P,), own step (b, d)
+    past: dict[str, Row] = field(default_factory=dict)  # updates so far (P,), the long ones most
+    seen_past: dict[str, Row] = field(default_factory=dict)  # the same before this round
+    plain: float = 0.0
+    kinds: list[tuple[list[str], list[int]]] = field(
+        default_factory=list
+    )  # members, homes by block
 
     def join(self, client: str) -> None:
         d = len(self.models)
@@ -48,7 +56,10 @@ class RuleByHand:
     def step(self, delta: dict[str, Row], n: dict[str, int], length: dict[str, float]) -> None:
         """One round of the clients in `delta` (P,); length = learning rate times steps."""
         stepped = {i: self._row(i, delta[i], length[i]) for i in delta}
-        new = {i: self._drawn(i, stepped[i], delta[i]) for i in delta}
+        for i in delta:
+            self.past[i] = self.past.get(i, 0) + delta[i] * (delta[i] @ delta[i])
+        drawn = {i: self._drawn(i, stepped[i], delta[i]) for i in delta}
+        new = {i: self._settled(i, drawn[i]) for i in delta}
         before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}
         for b, (start, stop) in enumerate(self.spans):
             for j in range(len(self.models)):
@@ -62,6 +73,7 @@ class RuleByHand:
             self.weights[i] = new[i]
             self.seen[i].append(self.round)
         self.round += 1
+        self._tell_kinds()
 
     def _row(self, i: str, delta: Row, length: float) -> Row:
         self.join(i)
@@ -105,3 +117,68 @@ class RuleByHand:
             raised = row[b] * np.exp(along + self.agreement * away / (1 + total))
             made[b] = raised / raised.sum()
         return made
+
+    def _settled(self, i: str, row: Row) -> Row:
+        """The row (b, d) of client i on its way home, if its kind has one."""
+        if not self.kinds or self.round < 10:
+            return row
+        mean = np.mean(list(self.seen_past.values()), axis=0)
+
+        def cosine(one: Row, other: Row) -> float:
+            a, b = one - mean, other - mean
+            return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+        near = []
+        for members, _ in self.kinds:
+            others = [k for k in members if k != i]
+            found = [cosine(self.past[i], self.seen_past[k]) for k in others]
+            near.append(np.mean(found) if found else 0.0)
+        if max(near) <= 0:
+            return row
+        start = self.weights[i] if len(self.seen[i]) >= 10 else row
+        share = self.settle * self.plain
+        made = (1 - share) * start
+        for b, model in enumerate(self.kinds[int(np.argmax(near))][1]):
+            made[b, model] += share
+        return made
+
+    def _tell_kinds(self) -> None:
+        """Who is of one kind, and where it is at home, from all clients' updates so far."""
+        self.seen_past = dict(self.past)
+        self.plain, self.kinds = 0.0, []
+        names = list(self.past)
+        if len(names) < 5:
+            return
+        apart = np.stack([self.past[i] for i in names])
+        apart = apart - apart.mean(0)
+        apart = apart / np.linalg.norm(apart, axis=1, keepdims=True)
+        cosine = apart @ apart.T
+        alike = np.zeros_like(cosine)
+        for i, k in combinations(range(len(names)), 2):
+            others = [o for o in range(len(names)) if o not in (i, k)]
+            alike[i, k] = alike[k, i] = np.corrcoef(cosine[i, others], cosine[k, others])[0, 1]
+        positive = np.maximum(alike, 0)
+        self.plain = max(0.0, 1 - (positive * (1 - positive)).sum() / positive.sum() / 0.25)
+        groups = [[i] for i in range(len(names))]
+        while len(groups) > 1:
+            mean, one, other = max(
+                (alike[np.ix_(a, b)].mean(), a, b) for a, b in combinations(groups, 2)
+            )
+            if mean < 0.5:
+                break
+            groups = [g for g in groups if g not in (one, other)] + [one + other]
+        groups = [g for g in groups if len(g) > 1]
+        d = len(self.models)
+        if self.plain and 1 < len(groups) <= d:
+            rows = [np.mean([self.weights[names[i]] for i in g], axis=0) for g in groups]
+            best = [
+                max(
+                    permutations(range(d), len(groups)),
+                    key=lambda p: sum(rows[g][b, j] for g, j in enumerate(p)),
+                )
+                for b in range(len(self.spans))
+            ]
+            self.kinds = [
+                ([names[i] for i in members], [best[b][g] for b in range(len(self.spans))])
+                for g, members in enumerate(groups)
+            ]

@@ -14,7 +14,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "fedmerge"
 LAYERS = (
     ("errors", "rng", "params", "store", "values", "workers", "codec", "guard", "kernels", "loops"),
-    ("merging", "local", "ops", "stack", "engine", "steps", "robust", "privacy", "peers"),
+    ("merging", "local", "ops", "stack", "engine", "steps", "robust", "privacy", "peers", "kinds"),
     ("soup", "roster", "storage", "safety", "algorithms", "models", "data"),
     ("sim",),
     ("compare", "report", "flower", "deploy"),

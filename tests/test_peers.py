@@ -27,6 +27,8 @@ def table(sketch: Tensor, step: Tensor | None = None, logits: Tensor | None = No
         "sketch": sketch,
         "step": none if step is None else step,
         "logits": none if logits is None else logits,
+        "past": sketch,
+        "home": torch.full((n, b), -1),
     }
 
 

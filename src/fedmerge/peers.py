@@ -22,8 +22,9 @@ SUMMED = 32
 
 Peers = dict[str, Tensor]
 """The n clients last seen, latest first: "place" (n,) int64 who they are, "sketch" (n, b, s) of
-their updates, "step" (n, b, d) of their log-weights in nats, on their own account, and "logits"
-(n, b, d) of their rows, both centred over the models."""
+their updates, "step" (n, b, d) of their log-weights in nats, on their own account, "logits"
+(n, b, d) of their rows, both centred over the models; "past" (n, b, s), their updates so far as
+`remembered`, and "home" (n, b) int64, the model their kind settles on, -1 for none (`kinds`)."""
 
 
 def no_peers(b: int, d: int, sketch: int) -> Peers:
@@ -33,6 +34,8 @@ def no_peers(b: int, d: int, sketch: int) -> Peers:
         "sketch": torch.zeros(0, b, sketch),
         "step": torch.zeros(0, b, d, dtype=torch.float64),
         "logits": torch.zeros(0, b, d, dtype=torch.float64),
+        "past": torch.zeros(0, b, sketch),
+        "home": torch.zeros(0, b, dtype=torch.int64),
     }
 
 
@@ -53,7 +56,7 @@ def likeness(sketch: Tensor, place: Tensor, peers: Peers) -> Tensor:
     """
     theirs = peers["sketch"].double()
     mean = theirs.mean(0)
-    cosine = torch.einsum("kbs,nbs->kbn", _unit(sketch.double() - mean), _unit(theirs - mean))
+    cosine = torch.einsum("kbs,nbs->kbn", unit(sketch.double() - mean), unit(theirs - mean))
     others = place[:, None] != peers["place"]
     return cosine.clamp_min(0) ** SHARPNESS * others[:, None]
 
@@ -76,6 +79,15 @@ def drawn(logits: Tensor, alike: Tensor, peers: Peers, pull: float) -> Tensor:
     return torch.log_softmax(logits + along + AGREEMENT * away / (1 + total), dim=-1)
 
 
+def remembered(past: Tensor, sketch: Tensor) -> Tensor:
+    """Return what k clients' updates were so far, (k, b, s): a sum that long updates dominate.
+
+    What a client has in common with others shows in the rounds in which it learns most; later
+    updates are short, and its own.
+    """
+    return past + sketch * sketch.square().sum((1, 2), keepdim=True)
+
+
 def renewed(peers: Peers, seen: Peers, most: int) -> Peers:
     """Return the table with the clients `seen` in this round first, `most` clients in all.
 
@@ -87,6 +99,7 @@ def renewed(peers: Peers, seen: Peers, most: int) -> Peers:
     return {name: torch.cat([seen[name][order], old[stay]])[:most] for name, old in peers.items()}
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit(rows: Tensor) -> Tensor:
+    """Return rows (..., n) scaled to length 1; a row of zeros stays."""
     length: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / length.clamp_min(1e-30)

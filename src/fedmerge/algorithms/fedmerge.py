@@ -2,8 +2,9 @@
 
 The default rule: rows move by an exponentiated-gradient step per block of layers, judged with the
 client's own past contributions taken out of the models, and with the steps of clients whose updates
-resemble theirs. The setting is that of Chen, Zhou, Long,
-Jiang and Zhang, "FedMerge", AAAI 2026; the published rule is in `fedmerge_paper`.
+resemble theirs; where clients come in plain kinds, the rows of a kind settle on models of its own.
+The setting is that of Chen, Zhou, Long, Jiang and Zhang, "FedMerge", AAAI 2026; the published rule
+is in `fedmerge_paper`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+from ..kinds import SETTLING, homes, settled
 from ..merging import (
     FLOOR,
     ModelSum,
@@ -24,7 +27,7 @@ from ..merging import (
     merging_weights,
 )
 from ..params import Layout
-from ..peers import Peers, centred, drawn, likeness, no_peers, renewed
+from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
 from .base import Algorithm, Cost, Fold, Setup, Tensors, Updates
 
@@ -32,6 +35,8 @@ MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
 PEERS = "peers."
 """How their tables are called in the shared state."""
+PLAIN = "plain"
+"""How plain their kinds are, there: () float64 from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class FedMerge(Algorithm):
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
             0 for rows that learn from nobody else.
         pull: how much, in steps of a peer whose update is the same.
+        settle: how far rows go home in a round where kinds are as plain as can be; 0 for never.
     """
 
     name: ClassVar[str] = "fedmerge"
@@ -61,9 +67,12 @@ class FedMerge(Algorithm):
     sketch: int = 256
     peers: int = 256
     pull: float = 20.0
+    settle: float = 0.2
 
     def __post_init__(self) -> None:
-        self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1, peers=0, pull=0)
+        self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1, peers=0, pull=0, settle=0)
+        if self.settle > 1:
+            raise ConfigError(f"{self.name}: settle = {self.settle:g}: wanted 0 to 1")
 
     def resolve(self, n_clients: int | None) -> Self:
         made = super().resolve(n_clients)
@@ -72,11 +81,10 @@ class FedMerge(Algorithm):
     def cost(self, layout: Layout, n_clients: int) -> Cost:
         d = self.d or 12
         b = len(layout.blocks)
-        numbers = 8 + (4 * self.sketch if self.leave_one_out else 0)  # bytes, of a logit and `own`
-        known = min(self.peers, n_clients) * b * (4 * self.sketch + 16 * d)
-        return Cost(
-            server=d + known / layout.n_bytes, server_per_client=b * d * numbers / layout.n_bytes
-        )
+        sketch = 4 * self.sketch  # bytes
+        known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
+        client = b * d * (8 + sketch * self.leave_one_out) + b * sketch * bool(self.peers)
+        return Cost(server=d + known / layout.n_bytes, server_per_client=client / layout.n_bytes)
 
     def shared(self, setup: Setup) -> Tensors:
         centre = setup.initial(0)
@@ -89,8 +97,10 @@ class FedMerge(Algorithm):
             spread = centre[:n].std() if n > 1 else centre.new_zeros(())
             # Parameters all equal have no scale of their own.
             models[:, :n] += self.init_noise * (spread if spread > 0 else 1.0) * noise
-        known = no_peers(len(setup.layout.blocks), d, self.sketch) if self.peers else {}
-        return {"models": models} | {f"{PEERS}{name}": table for name, table in known.items()}
+        if not self.peers:
+            return {"models": models}
+        known = no_peers(len(setup.layout.blocks), d, self.sketch)
+        return {"models": models, **_named(known, 0.0)}
 
     def rows(self, setup: Setup, k: int) -> Tensors:
         b, d = len(setup.layout.blocks), self.d or 12
@@ -103,6 +113,7 @@ class FedMerge(Algorithm):
             made["own"] = torch.zeros(k, b, d, self.sketch)
         if self.peers:
             made["place"] = torch.zeros(k, dtype=torch.int64)
+            made["past"] = torch.zeros(k, b, self.sketch)
         return made
 
     def weights(self, setup: Setup, rows: Tensors) -> Tensor:
@@ -155,14 +166,29 @@ class FedMerge(Algorithm):
             part["place"] = rows["place"]
             before = merging_weights(rows["logits"]).clamp_min(FLOOR).log()
             part["step"] = centred(logits - before)
-            known = _peers(shared)
-            if len(known["place"]):
-                alike = likeness(part["sketch"], rows["place"], known)
-                logits = drawn(logits, alike, known, self.pull)
+            part["past"] = remembered(rows["past"], part["sketch"])
+            logits = self._with_peers(shared, rows, part, logits, version)
         part["logits"] = logits
         share = merging_weights(logits) * updates.n_examples.double()[:, None, None]
         fold.sum.add(share, updates.delta)
         fold.parts.append({"share": share, **part})
+
+    def _with_peers(
+        self, shared: Tensors, rows: Tensors, part: Tensors, logits: Tensor, version: int
+    ) -> Tensor:
+        """The rows (k, b, d) after their own step, moved by what the peers' show."""
+        known, place = _peers(shared), rows["place"]
+        if not len(known["place"]):
+            return logits
+        logits = drawn(logits, likeness(part["sketch"], place, known), known, self.pull)
+        share = self.settle * float(shared[PLAIN])
+        if not share or version < SETTLING:
+            return logits
+        # What leads astray once a kind has learned what it shares is a late step's noise: rows that
+        # have taken part less often go home and make their own steps as well.
+        late = (rows["count"] >= SETTLING)[:, None, None]
+        start = torch.where(late, rows["logits"].double(), logits)
+        return settled(logits, start, part["past"], place, known, share)
 
     def commit(
         self, setup: Setup, shared: Tensors, fold: Fold, version: int
@@ -182,11 +208,19 @@ class FedMerge(Algorithm):
         made = {**shared, "models": fold.sum.step(shared["models"])}
         if self.peers:
             rows["place"] = fold.gathered("place")
-            seen = {name: fold.gathered(name) for name in ("place", "sketch", "step")}
+            rows["past"] = fold.gathered("past")
+            seen = {name: fold.gathered(name) for name in ("place", "sketch", "step", "past")}
             seen["logits"] = centred(rows["logits"])
+            seen["home"] = torch.full(rows["logits"].shape[:2], -1)
             known = renewed(_peers(shared), seen, self.peers)
-            made |= {f"{PEERS}{name}": table for name, table in known.items()}
+            plain, known["home"] = homes(known) if self.settle else (0.0, known["home"])
+            made |= _named(known, plain)
         return made, rows
+
+
+def _named(known: Peers, plain: float) -> Tensors:
+    tables = {f"{PEERS}{name}": table for name, table in known.items()}
+    return {**tables, PLAIN: torch.tensor(plain, dtype=torch.float64)}
 
 
 def _peers(shared: Tensors) -> Peers:

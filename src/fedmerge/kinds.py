@@ -1,0 +1,129 @@
+"""Whether clients come in plain kinds, and the model that each kind settles on: pure functions.
+
+Merging pays where what clients share is graded. Where they fall into kinds that share nothing, any
+weight on another kind's models only disturbs, and a kind is best off with models of its own. Here
+it is told which of the two is the case, from what clients' updates have shown so far. Peers are as
+in `peers`, which keeps them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .peers import Peers, unit
+
+GREY = 0.25
+"""Ambiguity of the likenesses from which on no kinds are seen; plain kinds have .02 to .2."""
+FEWEST = 5
+"""Peers from which on likenesses are judged: those of fewer to others say too little."""
+JOIN = 0.5
+"""Mean likeness from which on two groups of clients are of one kind."""
+SETTLING = 10
+"""Rounds before any row goes home: the first updates of all clients are much alike. A row that has
+taken part as often makes no steps of its own on its way."""
+
+
+def likenesses(past: Tensor) -> Tensor:
+    """Return (n, n): how alike n clients are in whom they resemble, from -1 to 1; 0 with itself.
+
+    The correlation, over all others, of their updates' cosines with the others'. Two clients of one
+    kind resemble the same ones, which shows through the noise of each single cosine.
+
+    Args:
+        past: (n, ...) what each client's updates were so far, n of 3 or more.
+    """
+    cosine = directions(past, past.double().flatten(1).mean(0))
+    cosine = cosine @ cosine.T
+    cosine.fill_diagonal_(0)
+    others = len(cosine) - 2
+    # Sums over the others than the two, whose own entries are taken out (or are 0).
+    total = cosine.sum(1, keepdim=True) - cosine
+    square = cosine.square().sum(1, keepdim=True) - cosine.square()
+    spread = (square - total.square() / others).clamp_min(0)
+    shared = cosine @ cosine - total * total.T / others
+    found = shared / (spread * spread.T).sqrt().clamp_min(1e-30)
+    return found.clamp(-1, 1).fill_diagonal_(0)
+
+
+def plainness(alike: Tensor) -> float:
+    """Return from 0 to 1 how plainly the likenesses (n, n) say "the same" or "not at all".
+
+    In plain kinds each is near 1 or not above 0. Where kinds share some of what they are, or
+    clients are mixtures, many are in between.
+    """
+    positive = alike.clamp(0, 1)
+    total = float(positive.sum())
+    grey = float((positive * (1 - positive)).sum())
+    return max(0.0, 1 - grey / (GREY * total)) if total > 0 else 0.0
+
+
+def grouped(alike: Tensor) -> Tensor:
+    """Return (n,) int64 kinds, from 0: groups joined while their mean likeness is above JOIN."""
+    from scipy.cluster.hierarchy import average, fcluster
+    from scipy.spatial.distance import squareform
+
+    distance = (1 - alike).fill_diagonal_(0).numpy()
+    kinds = fcluster(average(squareform(distance, checks=False)), 1 - JOIN, "distance")
+    return torch.from_numpy(kinds).long() - 1
+
+
+def homes(peers: Peers) -> tuple[float, Tensor]:
+    """Return how plain the kinds of n peers are, and (n, b) int64: each one's home model by block.
+
+    Kinds have different homes, those that their rows weigh most on the whole. -1 for all where
+    kinds are not plain or more than the models, and for a client that is like no other.
+    """
+    n, b, d = peers["logits"].shape
+    nowhere = torch.full((n, b), -1)
+    plain = 0.0
+    if n >= FEWEST:
+        alike = likenesses(peers["past"])
+        plain = plainness(alike)
+    if not plain:
+        return 0.0, nowhere
+    kinds = grouped(alike)
+    several = [k for k, count in enumerate(torch.bincount(kinds).tolist()) if count > 1]
+    if not 1 < len(several) <= d:
+        return 0.0, nowhere
+    from scipy.optimize import linear_sum_assignment
+
+    weights = torch.softmax(peers["logits"], -1)
+    mean = torch.stack([weights[kinds == k].mean(0) for k in several])
+    for block in range(b):
+        _, models = linear_sum_assignment(-mean[:, block].numpy())
+        for k, model in zip(several, models.tolist(), strict=True):
+            nowhere[kinds == k, block] = model
+    return plain, nowhere
+
+
+def settled(
+    logits: Tensor, start: Tensor, past: Tensor, place: Tensor, peers: Peers, share: float
+) -> Tensor:
+    """Return rows (k, b, d), log-weights, of which those with a home have gone `share` of the way.
+
+    Args:
+        logits: (k, b, d) after the round's steps; a client whose kind is not known keeps them.
+        start: (k, b, d) rows that go home.
+        past: (k, b, s) of the clients, this update included. place: (k,) who they are.
+        peers: as last seen, with their homes.
+    """
+    known = peers["home"][:, 0] >= 0
+    if not known.any():
+        return logits
+    home, kind = torch.unique(peers["home"][known], dim=0, return_inverse=True)
+    mean = peers["past"].double().flatten(1).mean(0)
+    cosine = directions(past, mean) @ directions(peers["past"][known], mean).T
+    # A client is no witness of its own kind.
+    others = (place[:, None] != peers["place"][known]).double()
+    member = torch.nn.functional.one_hot(kind, len(home)).double()
+    near, nearest = ((cosine * others) @ member / (others @ member).clamp_min(1)).max(1)
+    target = torch.nn.functional.one_hot(home[nearest], logits.shape[-1]).double()
+    weights = torch.softmax(start.double(), -1)
+    gone = ((1 - share) * weights + share * target).clamp_min(1e-300).log()
+    return torch.where((near > 0)[:, None, None], gone, logits)
+
+
+def directions(past: Tensor, mean: Tensor) -> Tensor:
+    """Return (k, numbers) of length 1: which way `past` (k, ...) differs from the mean."""
+    return unit(past.double().flatten(1) - mean)

@@ -1,0 +1,198 @@
+"""Plain kinds of clients: told from their updates, and where their rows go; by hand in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from core_fixture import made_delta, make_updates, net, normal
+from fedmerge import ConfigError, FedMerge, Soup
+from fedmerge.kinds import (
+    FEWEST,
+    SETTLING,
+    directions,
+    grouped,
+    homes,
+    likenesses,
+    plainness,
+    settled,
+)
+from fedmerge.peers import Peers, remembered
+from rule_by_hand import RuleByHand
+
+F64 = torch.float64
+
+
+def pasts(kinds: list[int], noise: float = 0.1, seed: int = 0) -> Tensor:
+    """(n, 2, 8): updates so far of clients of these kinds; of kind -1, like no other."""
+    own = normal(seed, len(kinds), 2, 8)
+    shared = normal(seed + 1, 8, 2, 8)
+    plain = torch.tensor(kinds)[:, None, None] >= 0
+    return torch.where(plain, shared[kinds] + noise * own, own)
+
+
+def table(kinds: list[int], logits: Tensor, seed: int = 0) -> Peers:
+    made = {"place": torch.arange(len(kinds)), "past": pasts(kinds, seed=seed), "logits": logits}
+    made["home"] = homes(made)[1]
+    return made
+
+
+def rows(kinds: list[int], d: int, seed: int = 3) -> Tensor:
+    return normal(seed, len(kinds), 2, d, dtype=F64)
+
+
+def test_two_clients_are_alike_as_far_as_they_resemble_the_same_others() -> None:
+    past = pasts([0, 0, 1, 1, 2, 2, -1], noise=0.5)
+    flat = past.flatten(1).double().numpy()
+    apart = flat - flat.mean(0)
+    apart /= np.linalg.norm(apart, axis=1, keepdims=True)
+    cosine = apart @ apart.T
+    found = likenesses(past)
+    for i in range(7):
+        assert found[i, i] == 0
+        for k in range(i):
+            others = [o for o in range(7) if o not in (i, k)]
+            wanted = np.corrcoef(cosine[i, others], cosine[k, others])[0, 1]
+            assert float(found[i, k]) == pytest.approx(wanted)
+    torch.testing.assert_close(found, found.T)
+
+
+def test_plain_is_what_has_nothing_in_between() -> None:
+    same = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).double()
+    assert plainness(same - 0.5 * (1 - same)) == 1
+    # Of each two, .9 alike: .9 * .1 of .9 is grey, so .1 of the .25 that is too much.
+    assert plainness(torch.full((4, 4), 0.9, dtype=F64)) == pytest.approx(1 - 0.1 / 0.25)
+    assert plainness(torch.full((4, 4), 0.75, dtype=F64)) == 0
+    assert plainness(torch.full((4, 4), -0.5, dtype=F64)) == 0
+    # Three factors, on or off, of which kinds share some: not plain, however little noise there is.
+    cube = torch.tensor([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)]).repeat(3, 1)
+    assert plainness(likenesses(cube[:, None].float())) == 0
+    assert plainness(likenesses(pasts([0, 1, 2, 3] * 4, noise=0.3))) > 0.5
+    assert plainness(likenesses(pasts([-1] * 16))) == 0
+
+
+def test_clients_are_grouped_whatever_their_order() -> None:
+    kinds = [0, 1, 2, 0, 1, 2, 0, 1, 2, 2]
+    found = grouped(likenesses(pasts(kinds, noise=0.4))).tolist()
+    assert len(set(found)) == 3
+    assert len(set(zip(kinds, found, strict=True))) == 3
+
+
+def test_each_kind_has_homes_of_its_own_where_its_rows_weigh_most() -> None:
+    kinds = [0, 1, 0, 1, 0, 1, -1]
+    logits = torch.zeros(7, 2, 3, dtype=F64)
+    logits[::2, 0, 2] = 3.0  # both kinds like model 2 most in the first block, kind 0 by more
+    logits[1::2, 0, 2] = 2.0
+    logits[1::2, 0, 1] = 1.0
+    logits[::2, 1, 1] = 1.0
+    logits[1::2, 1, 0] = 1.0
+    plain, found = homes({"past": pasts(kinds, seed=9), "logits": logits})
+    assert plain > 0
+    assert found.tolist() == [[2, 1], [1, 0]] * 3 + [[-1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "d"),
+    [
+        ([0, 1, 2, 0, 1, 2], 2),  # more kinds than models
+        ([0, 0, 0, 0, 0, 0], 3),  # one kind: what differs from the mean is noise
+        ([0, 0, 1, 1], 3),  # too few to tell
+        ([-1] * 12, 3),
+    ],
+)
+def test_nobody_has_a_home_where_kinds_are_not_told(kinds: list[int], d: int) -> None:
+    assert len(kinds) >= FEWEST or len(kinds) == 4
+    plain, found = homes({"past": pasts(kinds), "logits": rows(kinds, d)})
+    assert plain == 0
+    assert bool((found == -1).all())
+
+
+def test_a_row_goes_a_share_of_the_way_to_the_home_of_its_kind() -> None:
+    kinds = [0, 1, 0, 1, 0, 1]
+    peers = table(kinds, rows(kinds, 3))
+    start = torch.log_softmax(rows([0, 0], 3, seed=9), -1)
+    stepped = torch.log_softmax(start + 0.1, -1)
+    newcomers = pasts([1, 0])
+    moved = settled(stepped, start, newcomers, torch.tensor([7, 8]), peers, 0.3)
+    for i, like in ((0, 1), (1, 0)):
+        for block in range(2):
+            wanted = 0.7 * torch.softmax(start[i, block], -1)
+            wanted[peers["home"][like, block]] += 0.3
+            torch.testing.assert_close(moved[i, block].exp(), wanted)
+
+
+def test_a_client_of_no_known_kind_keeps_its_own_step() -> None:
+    kinds = [0, 0, 0, 1, 1, 1, -1, -1]
+    peers = table(kinds, rows(kinds, 3), seed=14)
+    assert peers["home"][:, 0].ge(0).tolist() == [True] * 6 + [False] * 2
+    start, stepped = rows([0], 3, seed=9), rows([0], 3, seed=10)
+    mean = peers["past"].double().flatten(1).mean(0)
+    towards = directions(peers["past"][:6], mean)
+    away = torch.linalg.lstsq(towards, -torch.ones(6, 1, dtype=F64)).solution[:, 0]
+    assert bool((towards @ away < 0).all())
+    past = (mean + away).view(1, 2, 8)
+    assert torch.equal(settled(stepped, start, past, torch.tensor([9]), peers, 0.3), stepped)
+
+
+def test_a_client_is_no_witness_of_its_own_kind() -> None:
+    kinds = [0, 0, 0, 1, 1, 1]
+    peers = table(kinds, rows(kinds, 3))
+    start = rows([0], 3, seed=9)
+    # It was of kind 0 and has become one of kind 1: only the others say so.
+    changed = peers["past"][3:4] + 0.01
+    moved = settled(start, start, changed, torch.tensor([0]), peers, 1.0)
+    assert moved[0].argmax(-1).tolist() == peers["home"][3].tolist()
+
+
+def test_long_updates_are_remembered_most() -> None:
+    sketch = torch.tensor([[[3.0, 0], [4, 0]], [[0, 0.1], [0, 0]]])
+    past = remembered(torch.ones(2, 2, 2), sketch)
+    torch.testing.assert_close(past, 1 + sketch * torch.tensor([25.0, 0.01])[:, None, None])
+
+
+def play(method: FedMerge, rounds: int = 14, noise: float = 0.1) -> tuple[Soup, RuleByHand]:
+    """Rounds of nine clients of three plain kinds, of which some are away at times."""
+    soup = Soup(method, net(dtype=F64), seed=3)
+    hand = RuleByHand(
+        soup.shared["models"].numpy().copy(), soup.setup.layout.spans, settle=method.settle
+    )
+    shared = made_delta(soup, 3, 1)
+    for t in range(rounds):
+        cohort = [f"c{i}" for i in range(9) if (i + t) % 7]
+        sent = soup.send(cohort)
+        kinds = [int(c[1:]) % 3 for c in cohort]
+        delta = shared[kinds] + noise * made_delta(soup, len(cohort), 100 + t)
+        updates = make_updates(sent, delta)
+        assert soup.fold(updates) == []
+        soup.commit()
+        hand.step(
+            {c: delta[i].numpy() for i, c in enumerate(cohort)},
+            {c: int(updates.n_examples[i]) for i, c in enumerate(cohort)},
+            dict.fromkeys(cohort, 0.5),
+        )
+    return soup, hand
+
+
+def test_rows_of_plain_kinds_settle_as_by_hand() -> None:
+    soup, hand = play(FedMerge(d=4))
+    assert len(hand.kinds) == 3
+    assert float(soup.shared["plain"]) == pytest.approx(hand.plain, rel=1e-4)
+    weights = soup.weights(list(hand.weights))
+    assert weights is not None
+    np.testing.assert_allclose(weights, np.stack(list(hand.weights.values())), rtol=1e-4)
+    np.testing.assert_allclose(soup.shared["models"], hand.models, rtol=1e-4, atol=1e-6)
+    without = play(FedMerge(d=4, settle=0))[0].weights(list(hand.weights))
+    assert float((weights - without).abs().max()) > 0.1
+
+
+def test_no_row_goes_home_in_the_first_rounds() -> None:
+    one, other = (play(FedMerge(d=4, settle=s), SETTLING)[0] for s in (0.0, 1.0))
+    assert torch.equal(one.shared["models"], other.shared["models"])
+    assert float(other.shared["plain"]) > 0.5
+
+
+def test_a_share_above_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"settle = 2: wanted 0 to 1"):
+        FedMerge(settle=2.0)
