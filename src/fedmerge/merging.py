@@ -104,7 +104,10 @@ def merge_weighted(
         return merged
     for start, stop, block in _chunks(segments):
         own = models[:, start:stop].to(weights.dtype)
-        merged[:, start:stop] = weights[:, block] @ own
+        if graph or weights.dtype != dtype:
+            merged[:, start:stop] = weights[:, block] @ own
+        else:
+            torch.mm(weights[:, block], own, out=merged[:, start:stop])
     return merged
 
 

@@ -53,6 +53,7 @@ class FedMerge(Algorithm):
 
     name: ClassVar[str] = "fedmerge"
     streams: ClassVar[bool] = True
+    sends_by: ClassVar[tuple[str, ...] | None] = ("logits", "count")
     d: int | None = None
     init_noise: float = 0.3
     cap: float = 0.1
@@ -177,8 +178,8 @@ class FedMerge(Algorithm):
         }
         if self.leave_one_out:
             taken = (fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)).float()
-            gained = taken[..., None] * fold.gathered("sketch")[:, :, None]
-            rows["own"] = fold.gathered("own") + gained
+            gained = fold.gathered("sketch")[:, :, None]
+            rows["own"] = fold.gathered("own").addcmul_(taken[..., None], gained)
         made = {**shared, "models": fold.sum.step(shared["models"])}
         if self.peers:
             rows["place"] = fold.gathered("place")
