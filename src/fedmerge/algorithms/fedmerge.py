@@ -20,6 +20,8 @@ from ..merging import (
     Sketch,
     block_scores,
     eg_row_step,
+    from_units,
+    in_units,
     merge_weighted,
     merging_weights,
 )
@@ -45,7 +47,7 @@ class FedMerge(Algorithm):
         horizon: participations after which a client's steps begin to shrink.
         leave_one_out: judge models without what the client itself put into them.
         sketch: numbers kept per block, client and model for that; the server keeps
-            m * d * b * sketch float32 numbers for m clients.
+            m * d * b * sketch 16-bit numbers for m clients.
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
             0 for rows that learn from nobody else.
         pull: how much, in steps of a peer whose update is the same.
@@ -73,7 +75,9 @@ class FedMerge(Algorithm):
     def cost(self, layout: Layout, n_clients: int) -> Cost:
         d = self.d or 12
         b = len(layout.blocks)
-        numbers = 8 + (4 * self.sketch if self.leave_one_out else 0)  # bytes, of a logit and `own`
+        numbers = 8 + (
+            2 * self.sketch + 4 if self.leave_one_out else 0
+        )  # bytes, of a logit and `own`
         known = min(self.peers, n_clients) * b * (4 * self.sketch + 16 * d)
         return Cost(
             server=d + known / layout.n_bytes, server_per_client=b * d * numbers / layout.n_bytes
@@ -101,7 +105,8 @@ class FedMerge(Algorithm):
             "count": torch.zeros(k, dtype=torch.int64),
         }
         if self.leave_one_out:
-            made["own"] = torch.zeros(k, b, d, self.sketch)
+            made["own"] = torch.zeros(k, b, d, self.sketch, dtype=torch.int16)
+            made["unit"] = torch.zeros(k, b, d)  # of the numbers in `own`
         if self.peers:
             made["place"] = torch.zeros(k, dtype=torch.int64)
         return made
@@ -147,8 +152,8 @@ class FedMerge(Algorithm):
             sketch = Sketch.of(setup.layout.spans, self.sketch, setup.seed)
             part["sketch"] = sketch(updates.delta).float()
         if self.leave_one_out:
-            part["own"] = rows["own"]
-            scores += torch.einsum("kbs,kbds->kbd", part["sketch"].double(), rows["own"].double())
+            part["own"] = from_units(rows["own"], rows["unit"])
+            scores += torch.einsum("kbs,kbds->kbd", part["sketch"].double(), part["own"].double())
         pace = self._pace(rows, version)
         length = updates.lr * updates.steps
         logits = eg_row_step(rows["logits"], scores, length, pace.double(), cap=self.cap)
@@ -179,7 +184,8 @@ class FedMerge(Algorithm):
         if self.leave_one_out:
             taken = (fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)).float()
             gained = fold.gathered("sketch")[:, :, None]
-            rows["own"] = fold.gathered("own").addcmul_(taken[..., None], gained)
+            own = fold.gathered("own").addcmul_(taken[..., None], gained)
+            rows["own"], rows["unit"] = in_units(own)
         made = {**shared, "models": fold.sum.step(shared["models"])}
         if self.peers:
             rows["place"] = fold.gathered("place")
