@@ -353,6 +353,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         "sketch": 2,
         "peers": 0,
         "pull": 2.0,
+        "settle": 1.0,
     },
     "fedmerge:rule=paper": {"d": 2, "logit_step": 0.2, "prox": 0.5},
     "fedavg": {},
@@ -382,9 +383,9 @@ OPTIONS: dict[str, dict[str, object]] = {
 def test_every_option_of_every_method_changes_the_result(name: str) -> None:
     method = make_method(name)
     assert {f.name for f in dataclasses.fields(method)} == OPTIONS[name].keys()
-    base = run(method, rounds=6)
+    base = run(method, rounds=14)
     for option, value in OPTIONS[name].items():
-        other = run(dataclasses.replace(method, **{option: value}), rounds=6)
+        other = run(dataclasses.replace(method, **{option: value}), rounds=14)
         assert plain(other.history) != plain(base.history), option
 
 

@@ -38,7 +38,7 @@ F32, F64 = torch.float32, torch.float64
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from([F32, F64])
 clients, models_of = st.integers(1, 9), st.integers(1, 12)
-lengths = st.lists(st.sampled_from([1, 2, 7, 300, 2047, 2048, 2049, 5000]), min_size=1, max_size=4)
+lengths = st.lists(st.sampled_from([1, 2, 7, 300, 8191, 8192, 8193, 9000]), min_size=1, max_size=4)
 """Of blocks: below, at and above the columns that the loops take at a time."""
 ROUNDING = {F32: 2e-6, F64: 1e-13}
 """Most that the two may differ by, relative to the sum of magnitudes."""
@@ -122,13 +122,15 @@ def test_scores_are_the_same(
         wanted = block_scores(delta, models, spans)
     with using("numba"):
         made = block_scores(delta, models, spans)
-    # Products of float32 numbers are exact in float64: the loops lose no more than torch does.
-    close(made, wanted, 10.0 * n, F64)
+    # Torch sums in float64, the loops up to a tile in the numbers' own dtype.
+    with using("torch"):
+        magnitude = block_scores(delta.abs(), models.abs(), spans).nan_to_num(0, 0, 0)
+    close(made, wanted, magnitude, dtype)
 
 
 @settings(max_examples=60)
 @given(seeds, dtypes, clients, models_of, lengths, spoils, st.integers(0, 3))
-@example(1, F32, 4, 5, [2048, 2049], None, 1)
+@example(1, F32, 4, 5, [8192, 8193], None, 1)
 def test_sums_and_steps_are_the_same(
     seed: int,
     dtype: torch.dtype,
@@ -188,7 +190,7 @@ def test_rows_in_any_layout_of_memory_are_read() -> None:
         with using("torch"):
             wanted = block_scores(delta, models, ((0, 50),))
         with using("numba"):
-            close(block_scores(delta, models, ((0, 50),)), wanted, 500.0, F64)
+            close(block_scores(delta, models, ((0, 50),)), wanted, 500.0, F32)
     with using("numba"):
         assert torch.equal(
             merge(models[:, ::2], wide[:, :3]), merge(models[:, ::2].clone(), wide[:, :3])
@@ -217,7 +219,7 @@ def test_models_in_another_dtype_are_widened(
         # Widened before they are mixed: the result has the digits of its own dtype.
         close(merged, exact.to(dtype), 20.0, dtype)
         wanted = delta[:, 120:].double() @ models[:, 120:].double().T
-        close(scores[:, 1], wanted, 3000.0, F64)
+        close(scores[:, 1], wanted, 3000.0, dtype)
 
 
 @pytest.mark.parametrize("method", [FedMerge(d=3, sketch=8), FedMergePaper(d=3), FedAvg()])

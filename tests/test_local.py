@@ -18,7 +18,7 @@ from torch.nn import functional
 from core_fixture import N_CLASSES, N_FEATURES, net, norm_net, normal
 from fedmerge.engine import EVALUATION_BATCH, Engine
 from fedmerge.errors import ConfigError, ModelError
-from fedmerge.local import Examples, Proximal, Training, batches, plan
+from fedmerge.local import Examples, Proximal, Schedule, Training, batches, plan
 from fedmerge.models import mlp
 from fedmerge.params import Layout, build
 from fedmerge.rng import numpy_generator, numpy_generators
@@ -89,6 +89,25 @@ def test_stacked_is_sequential(variant: str, mu: float, dtype: torch.dtype) -> N
     single = fitted(net(dtype=dtype), training, "sequential", mu)
     tol = 1e-12 if dtype == torch.float64 else 3e-6
     torch.testing.assert_close(stacked, single, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_a_step_in_two_stacks_is_a_step_in_one(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, training = net(dtype=torch.float64), VARIANTS[variant]
+    one = fitted(model, training, "stacked")
+    monkeypatch.setattr("fedmerge.engine.SPLIT", 1.0)
+    cuts: list[int] = []
+    parts = Schedule.parts
+
+    def seen(schedule: Schedule, step: int, worth: float) -> list[tuple[int, int, int]]:
+        cuts.append(len(parts(schedule, step, worth)))
+        return parts(schedule, step, worth)
+
+    monkeypatch.setattr(Schedule, "parts", seen)
+    torch.testing.assert_close(fitted(model, training, "stacked"), one, rtol=1e-12, atol=1e-12)
+    assert set(cuts) == {1, 2}
 
 
 ACTIVATIONS = [nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.SiLU(), nn.Identity()]
@@ -578,13 +597,27 @@ def test_generators_in_turn_are_generators_of_their_own() -> None:
         assert generator.normal() == own.normal()
 
 
+def test_a_step_is_divided_where_that_saves_enough_padding() -> None:
+    """One epoch of 12, 7, 6 and 1 examples in batches of 5: worked out by hand."""
+    schedule = Schedule.of(np.array([12, 7, 6, 1]), 1, 5, torch.float32)
+    assert schedule.real.tolist() == [[5, 5, 2], [5, 2, 0], [5, 1, 0], [1, 0, 0]]
+    whole = [[(0, 4, 5)], [(0, 3, 5)], [(0, 1, 2)]]
+    assert [schedule.parts(t, 100) for t in range(3)] == whole
+    assert schedule.parts(0, 4) == [(0, 3, 5), (3, 4, 1)]
+    assert schedule.parts(1, 4) == [(0, 1, 5), (1, 3, 2)]  # 15 places, or 5 + 4
+    assert schedule.parts(0, 5) == whole[0]
+    assert schedule.parts(2, 0.5) == whole[2]
+
+
 def test_a_plan_is_the_batches_of_each_client_side_by_side() -> None:
     """Against one made client by client and step by step."""
     counts, size, epochs = [7, 0, 4, 1, 12], 4, 3
     data = Examples.of([(torch.zeros(n, 1), torch.zeros(n, dtype=torch.int64)) for n in counts])
     keys = [(2, f"c{i}") for i in range(5)]
     order = np.array([4, 0, 2, 3, 1])
-    index, weight = plan(data, keys, order, 9, epochs, size)
+    schedule = Schedule.of(data.count[order], epochs, size, torch.float64)
+    index = plan(schedule, data.start[order], [keys[i] for i in order], 9, epochs)
+    weight = schedule.share
     assert index.shape == weight.shape == (5, 9, 4)
     for place, i in enumerate(order):
         wanted = [

@@ -28,8 +28,8 @@ from fedmerge.algorithms.fedavg import FedAvg
 from fedmerge.errors import ConfigError, FedmergeError, MissingExtraError, StateError
 from fedmerge.sim import Simulation
 from fedmerge.sim import processes as module
-from fedmerge.sim.execute import Parcel
-from fedmerge.sim.mail import Answering, Asking, Bundle
+from fedmerge.sim.execute import Parcel, Task
+from fedmerge.sim.mail import Answering, Asking, Bundle, pack
 from fedmerge.sim.processes import Failure, Processes
 from fedmerge.workers import Worker, Workers
 from test_conformance import finish, short, states
@@ -367,7 +367,7 @@ def test_no_end_leaves_a_process_behind(tmp_path: Path, how: signal.Signals) -> 
 
 def test_a_script_that_starts_itself_again_is_told_so(tmp_path: Path) -> None:
     process = script(tmp_path, "if True:")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     last = errors.strip().splitlines()[-1]
     assert last.startswith("fedmerge.errors.StateError: worker processes were not able to start")
     assert '`if __name__ == "__main__":`' in last
@@ -419,6 +419,38 @@ def test_tensors_of_every_kind_go_there_and_back_through_the_same_memory() -> No
         check(dict(bundle.open()))
     here.close()
     there.close()
+
+
+def test_one_model_for_many_clients_is_sent_once() -> None:
+    one = normal(1, 3, 4)
+    packed, tensors = pack({"many": one.expand(50, 3, 4), "some": one[:1]})
+    assert packed.n_bytes == 64 + 16  # the second at a multiple of 64
+    assert [tensor.shape for tensor in tensors] == [(3, 4), (1, 4)]
+    found = Bundle.of({"many": one.expand(50, 3, 4)}).open()["many"]
+    assert found.shape == (50, 3, 4)
+    assert torch.equal(found, one.expand(50, 3, 4))
+
+
+def test_work_goes_to_the_worker_with_the_least_of_it() -> None:
+    """Of four tasks, the large one has a worker to itself."""
+    side: Any = simulate("fedavg", CLIENTS)._side
+    made = Processes(side, 2)
+    given: list[tuple[str, int]] = []
+
+    class Deaf:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ask(self, slot: int, question: Any) -> None:
+            given.append((self.name, len(question[0].places)))
+
+    none: Any = None
+    made._desks = {name: module._Desk(none, Deaf(name)) for name in "ab"}  # type: ignore[arg-type, misc]
+    order = sorted(range(40), key=lambda i: -len(CLIENTS[i].train))
+    tasks = [order[:20], order[20:30], order[30:35], order[35:]]
+    jobs = (made._job(Task(part, 1, torch.zeros(0), {}), False) for part in tasks)
+    made._hand_out(jobs, deque(), deque())
+    assert given == [("a", 20), ("b", 10), ("b", 5), ("a", 5)]
 
 
 def test_failures_keep_what_can_be_sent() -> None:

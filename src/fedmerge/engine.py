@@ -15,8 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import ConfigError, ModelError
-from .local import Examples, Index, Mixture, Proximal, Training, batches, plan, sgd_step
-from .ops import Batch
+from .local import (
+    Examples,
+    Index,
+    Mixture,
+    Proximal,
+    Schedule,
+    Training,
+    batches,
+    plan,
+    sgd_step,
+)
+from .ops import Batch, Descent, Gradient
 from .params import Layout, copied
 from .rng import derive, numpy_generators, torch_generator
 from .stack import StackedNet
@@ -28,6 +38,9 @@ Found = tuple[Tensor, Tensor, Tensor]
 EVALUATION_BATCH = 512
 HELD = 2**25 - 2**16
 """Bytes, just below the largest that glibc adapts itself to."""
+SPLIT = 2**21
+"""Numbers that padding must cost, in models of examples that are not there, for a step to be done
+in two stacks: their calls take as long as so many."""
 LARGEST_STACKED = 2**20
 """Largest row, in numbers, that "auto" stacks. Measured on one core, stacked over sequential: .07
 at 2,410 numbers, .2 at 17 thousand, .6 at 160 thousand, .9 at 670 thousand, 1.3 at 4.3 million,
@@ -108,6 +121,10 @@ class Engine:
         if not 0 <= part.start <= part.stop <= n:
             raise ModelError(f"only = {only}: wanted a part of the {n} parameters")
         steps = epochs * -(-examples.count // self.training.batch_size)
+        # Having seen a block as large as this freed, glibc no longer gives freed memory back to the
+        # system after every step, to ask for it again in the next: a tenth of the time of small
+        # convolutions, and of stacks.
+        torch.empty(HELD, dtype=torch.uint8)
         end = rows.clone()
         if self.net is None:
             self._fit_each(end, examples, keys, seed, epochs, proximal, part)
@@ -119,9 +136,10 @@ class Engine:
         self, examples: Examples, keys: Sequence[Key], *, seed: int, epochs: int
     ) -> Iterator[Step]:
         """The batches that `fit` takes, for a rule of the caller's own; see `algorithms.Step`."""
-        order = np.arange(len(keys))
-        index, weight = plan(examples, keys, order, seed, epochs, self.training.batch_size)
-        share, real = weight.to(self.layout.dtype), weight > 0
+        size = self.training.batch_size
+        schedule = Schedule.of(examples.count, epochs, size, self.layout.dtype)
+        index = plan(schedule, examples.start, keys, seed, epochs)
+        share, real = schedule.share, schedule.share > 0
         start = torch.from_numpy(examples.start)[:, None]
         draws = [torch_generator(seed, *key, "layers") for key in keys]
         states = [d.get_state() for d in draws] if self.net is None else []
@@ -292,10 +310,6 @@ class Engine:
         here = examples.count.nonzero()[0].tolist()
         if not here or part.start == part.stop:
             return
-        # Having seen a block as large as this freed, glibc no longer gives freed memory back to the
-        # system after every step, to ask for it again in the next: a tenth of the time of small
-        # convolutions.
-        torch.empty(HELD, dtype=torch.uint8)
         # What is the same for all clients is done once: with small models it would take as long as
         # their steps.
         self.layout.bind(self.module, rows[here[0]])
@@ -389,33 +403,36 @@ class Engine:
         work = rows if sorted_already else rows.index_select(0, at)
         n = self.layout.n_params
         pull = None if proximal is None else (proximal.anchor[at, part], proximal.mu)
-        gradient = torch.empty(len(rows), n, dtype=rows.dtype)
-        momentum = torch.zeros_like(gradient[:, part]) if self.training.momentum else None
-        index, weight = plan(examples, keys, order, seed, epochs, self.training.batch_size)
-        share = weight.to(rows.dtype)
-        active = (steps[order][None, :] > np.arange(index.shape[1])[:, None]).sum(1)
-        real = (weight > 0).sum(2)
-        width = real.amax(0).tolist()
-        names = (keys[i] for i in order) if net.draws else ()
-        draws = [torch_generator(seed, *key, "layers") for key in names]
+        training = self.training
+        plain = not (training.weight_decay or training.clip or training.momentum) and pull is None
+        plain = plain and part == slice(0, n)
+        gradient = torch.empty(len(rows), 0 if plain else n, dtype=rows.dtype)
+        momentum = torch.zeros_like(gradient[:, part]) if training.momentum else None
+        schedule = Schedule.of(examples.count[order], epochs, training.batch_size, rows.dtype)
+        names = [keys[i] for i in order]
+        index = plan(schedule, examples.start[order], names, seed, epochs)
+        draws = [torch_generator(seed, *key, "layers") for key in names if net.draws]
         for t in range(index.shape[1]):
-            k, b = int(active[t]), width[t]
-            at_step = index[:k, t, :b]
-            batch = Batch(work[:k], draws, real[:k, t].tolist() if draws else ())
-            net.gradient(
-                batch,
-                *examples.at(at_step),
-                share[:k, t, :b],
-                gradient[:k],
-                self.training.loss,
-            )
-            sgd_step(
-                work[:k, part],
-                gradient[:k, part],
-                None if momentum is None else momentum[:k],
-                None if pull is None else (pull[0][:k], pull[1]),
-                self.training,
-            )
+            for first, end, width in schedule.parts(t, SPLIT / self.layout.size):
+                own = slice(first, end)
+                batch = Batch(
+                    work[own], draws[own], schedule.real[own, t].tolist() if draws else ()
+                )
+                net.gradient(
+                    batch,
+                    *examples.at(index[own, t, :width]),
+                    schedule.share[own, t, :width],
+                    Descent(work[own], training.lr) if plain else Gradient(gradient[own]),
+                    training.loss,
+                )
+                if not plain:
+                    sgd_step(
+                        work[own, part],
+                        gradient[own, part],
+                        None if momentum is None else momentum[own],
+                        None if pull is None else (pull[0][own], pull[1]),
+                        training,
+                    )
         if not sorted_already:
             rows[at] = work
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -185,32 +186,90 @@ def batches(n: int, epochs: int, generator: np.random.Generator) -> np.ndarray:
     return generator.permuted(made, axis=1, out=made)
 
 
-def plan(
-    examples: Examples,
-    keys: Sequence[tuple[int | str, ...]],
-    order: np.ndarray,
-    seed: int,
-    epochs: int,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    """Which example each client takes at each step, and with which share of the batch's mean.
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """When each of k clients takes a step, with how many examples; not yet with which.
 
-    Returns:
-        index (k, steps, size) int64 into the pool and weight (k, steps, size) float64, rows in
-        `order`; 0 in both where a batch is not full or a client has finished.
+    Attributes:
+        count, per_epoch: (k,) examples, and steps in an epoch. size: of a full batch.
+        real: (k, steps) examples in the batch; 0 once a client has finished.
+        share: (k, steps, size) an example's share of its batch's mean, 0 at places without one.
     """
-    count = examples.count[order]
+
+    count: Index
+    per_epoch: Index
+    size: int
+    real: Index
+    share: Tensor
+
+    @staticmethod
+    def of(count: Index, epochs: int, size: int, dtype: torch.dtype) -> Schedule:
+        """That of clients with `count` examples; kept, since most rounds have those of another."""
+        return _schedule(count.tobytes(), epochs, size, dtype)
+
+    def parts(self, step: int, worth: float) -> list[tuple[int, int, int]]:
+        """(first, end, width) of the stacks to be computed at a step.
+
+        Clients in order of falling numbers of steps: those still training come first. They are
+        divided in two where that saves `worth` places without an example, or more.
+        """
+        return _parts(self, worth)[step]
+
+
+@lru_cache(maxsize=32)
+def _schedule(counts: bytes, epochs: int, size: int, dtype: torch.dtype) -> Schedule:
+    count = np.frombuffer(counts, dtype=np.int64)
     per_epoch = -(-count // size)
     steps = per_epoch * epochs
-    longest = int(steps.max())
-    index = np.zeros((len(order), longest * size), dtype=np.int64)
-    generators = numpy_generators(seed, (keys[i] for i in order))
-    for place, (i, generator) in enumerate(zip(order, generators, strict=True)):
-        n, s = int(count[place]), int(per_epoch[place]) * size
-        own = index[place, : epochs * s].reshape(epochs, s)
-        np.add(batches(n, epochs, generator), examples.start[i], out=own[:, :n])
-    step = np.arange(longest)[None, :]
+    step = np.arange(int(steps.max(initial=0)))[None, :]
     begun = step % np.maximum(per_epoch, 1)[:, None] * size
-    fill = np.where(step < steps[:, None], np.minimum(size, count[:, None] - begun), 0)
-    weight = (np.arange(size) < fill[..., None]) / np.maximum(fill, 1)[..., None]
-    return torch.from_numpy(index).view(len(order), longest, size), torch.from_numpy(weight)
+    real = np.where(step < steps[:, None], np.minimum(size, count[:, None] - begun), 0)
+    share = (np.arange(size) < real[..., None]) / np.maximum(real, 1)[..., None]
+    return Schedule(count, per_epoch, size, real, torch.from_numpy(share).to(dtype))
+
+
+@lru_cache(maxsize=32)
+def _parts(schedule: Schedule, worth: float) -> list[list[tuple[int, int, int]]]:
+    real = schedule.real
+    k = len(real)
+    active = (real > 0).sum(0)
+    before = np.maximum.accumulate(real, axis=0)
+    after = np.maximum.accumulate(real[::-1], axis=0)[::-1]
+    first = np.arange(1, k)[:, None]
+    whole = before[-1] * active
+    halves = before[:-1] * first + after[1:] * np.maximum(active - first, 0)
+    made = []
+    for t, n in enumerate(active.tolist()):
+        cut = int(halves[:, t].argmin()) + 1 if k > 1 else n
+        if cut < n and whole[t] - halves[cut - 1, t] >= worth:
+            made.append([(0, cut, int(before[cut - 1, t])), (cut, n, int(after[cut, t]))])
+        else:
+            made.append([(0, n, int(before[-1, t]))])
+    return made
+
+
+def plan(
+    schedule: Schedule,
+    start: Index,
+    keys: Sequence[tuple[int | str, ...]],
+    seed: int,
+    epochs: int,
+) -> Tensor:
+    """Which example each client of `schedule` takes at each step.
+
+    Args:
+        start: (k,), where the clients' examples begin in the pool. keys: names of their draws.
+
+    Returns:
+        (k, steps, size) int64 into the pool; 0 where there is no example.
+    """
+    k, longest, size = schedule.share.shape
+    index = np.zeros((k, longest * size), dtype=np.int64)
+    counts, lengths = schedule.count.tolist(), (schedule.per_epoch * size).tolist()
+    generators = numpy_generators(seed, keys)
+    for row, n, s, first, generator in zip(
+        index, counts, lengths, start.tolist(), generators, strict=True
+    ):
+        own = row[: epochs * s].reshape(epochs, s)
+        np.add(batches(n, epochs, generator), first, out=own[:, :n])
+    return torch.from_numpy(index).view(k, longest, size)

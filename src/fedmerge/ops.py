@@ -30,6 +30,36 @@ class Batch:
     real: Sequence[int] = ()
 
 
+class Sink(Protocol):
+    """Takes the gradient of the stack's parameters, one after the other."""
+
+    def put(self, part: slice, gradient: Tensor) -> None:
+        """Take the gradient (k, ...) of the columns `part` of the rows."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Keeps it, in out (k, P)."""
+
+    out: Tensor
+
+    def put(self, part: slice, gradient: Tensor) -> None:
+        """See `Sink.put`."""
+        self.out[:, part] = gradient.flatten(1)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Steps down at once, for plain SGD: a gradient that is never put together costs less."""
+
+    rows: Tensor
+    lr: float
+
+    def put(self, part: slice, gradient: Tensor) -> None:
+        """See `Sink.put`."""
+        self.rows[:, part].add_(gradient.flatten(1), alpha=-self.lr)
+
+
 class Op(Protocol):
     """One operation on values (k, B, *features)."""
 
@@ -37,9 +67,12 @@ class Op(Protocol):
         """The value, and what `backward` needs."""
 
     def backward(
-        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+        self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
-        """Write the parameters' gradient into out (k, P); return those of the inputs if needed."""
+        """Give the parameters' gradient to `sink`; return those of the inputs if needed.
+
+        The sink may change the parameters: they are not read after that.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,16 +98,17 @@ class Dense:
         return y.view(*shape[:-1], self.n_out), x
 
     def backward(
-        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+        self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
         shape = grad.shape
         grad = grad.reshape(shape[0], -1, self.n_out)
-        torch.bmm(grad.transpose(1, 2), kept, out=self._weight(out))
+        passed = None
+        if needed:
+            passed = torch.bmm(grad, self._weight(batch.rows)).view(*shape[:-1], self.n_in)
+        sink.put(self.weight, torch.bmm(grad.transpose(1, 2), kept))
         if self.bias is not None:
-            torch.sum(grad, dim=1, out=out[:, self.bias])
-        if not needed:
-            return (None,)
-        return (torch.bmm(grad, self._weight(batch.rows)).view(*shape[:-1], self.n_in),)
+            sink.put(self.bias, grad.sum(1))
+        return (passed,)
 
 
 @dataclass(frozen=True)
@@ -94,10 +128,11 @@ class Lookup:
         return table[place], inputs[0]
 
     def backward(
-        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+        self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
-        table, place = self._place(out, kept)
-        table.zero_().index_put_(place, grad, accumulate=True)
+        _, place = self._place(batch.rows, kept)
+        found = grad.new_zeros(len(kept), self.n, self.width)
+        sink.put(self.weight, found.index_put_(place, grad, accumulate=True))
         return (None,)
 
 
@@ -128,14 +163,15 @@ class Affine:
         return y, x
 
     def backward(
-        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+        self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
         before, after = self._around(grad.ndim)
         axes = [*range(1, 1 + before), *range(grad.ndim - after, grad.ndim)]
-        out[:, self.weight] = (grad * kept).sum(axes).flatten(1)
+        passed = grad * self._spread(batch.rows, self.weight, grad.ndim) if needed else None
+        sink.put(self.weight, (grad * kept).sum(axes))
         if self.bias is not None:
-            out[:, self.bias] = grad.sum(axes).flatten(1)
-        return (grad * self._spread(batch.rows, self.weight, grad.ndim) if needed else None,)
+            sink.put(self.bias, grad.sum(axes))
+        return (passed,)
 
 
 @dataclass(frozen=True)
@@ -156,7 +192,7 @@ class Drop:
         return x * mask, mask
 
     def backward(
-        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+        self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
         return (grad if kept is None else grad * kept,)
 
@@ -170,7 +206,7 @@ class Rectify:
         return y, y
 
     def backward(
-        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+        self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
         return (torch.ops.aten.threshold_backward(grad, kept, 0) if needed else None,)
 
@@ -193,7 +229,7 @@ class Free:
         return y.detach().view(k, b, *y.shape[1:]), (flat, y)
 
     def backward(
-        self, batch: Batch, kept: Any, grad: Tensor, out: Tensor, needed: bool
+        self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
         flat, y = kept
         shape = grad.shape[:2]

@@ -17,6 +17,8 @@ FURTHEST = 0.2
 """Most that a log-weight moves by the steps of others in a round, in nats."""
 AGREEMENT = 0.2
 """Share of the way to the mean row of those it resembles that a row goes in a round, at most."""
+MOST = 1e30
+"""Largest number that is remembered: of an update that is far too long, one must not be infinite."""
 SUMMED = 32
 """Peers whose steps are summed; of more, the same share of the sum is taken."""
 
@@ -85,7 +87,9 @@ def remembered(past: Tensor, sketch: Tensor) -> Tensor:
     What a client has in common with others shows in the rounds in which it learns most; later
     updates are short, and its own.
     """
-    return past + sketch * sketch.square().sum((1, 2), keepdim=True)
+    wide = sketch.double()
+    made = past + wide * wide.square().sum((1, 2), keepdim=True)
+    return made.clamp(-MOST, MOST).float()
 
 
 def renewed(peers: Peers, seen: Peers, most: int) -> Peers:

@@ -81,10 +81,14 @@ class Roster:
             )
         return torch.tensor(places, dtype=torch.int64)
 
-    def rows(self, clients: Sequence[str]) -> Tensors:
-        """A copy of the rows of clients, in that order. Raises ConfigError as `at` does."""
+    def rows(self, clients: Sequence[str], names: Iterable[str] | None = None) -> Tensors:
+        """A copy of the rows of clients, in that order, from some of the tables or from all.
+
+        Raises ConfigError as `at` does.
+        """
         at = self.at(clients)
-        return {name: table.index_select(0, at) for name, table in self._held.items()}
+        chosen = self._held if names is None else names
+        return {name: self._held[name].index_select(0, at) for name in chosen}
 
     def put(self, clients: Sequence[str], rows: Tensors) -> None:
         """Replace rows of clients in some of the tables."""

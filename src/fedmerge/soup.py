@@ -216,7 +216,7 @@ class Soup:
                 that nobody needs any more. Fresh memory takes as long as merging does.
         """
         self.join(clients)
-        rows = self.rows(clients)
+        rows = self._roster.rows(clients, self.algorithm.sends_by)
         message = self._message(rows, len(clients), out)
         self._name(clients, rows)
         tickets = tuple(Ticket(c, self.version, self._digests[c]) for c in clients)
@@ -224,7 +224,8 @@ class Soup:
 
     def message(self, clients: Sequence[str]) -> Tensor:
         """(k, r, P): the models that `clients` would be sent now, without tickets."""
-        return self._message(self.rows(clients), len(clients), None)
+        rows = self._roster.rows(clients, self.algorithm.sends_by)
+        return self._message(rows, len(clients), None)
 
     def _message(self, rows: Tensors, k: int, out: Tensor | None) -> Tensor:
         if out is not None and len(out) >= k:
@@ -374,10 +375,12 @@ class Soup:
         ]
 
     def _name(self, clients: Sequence[str], rows: Tensors | None = None) -> None:
-        """See to it that `self._digests` has those of `clients`; `rows` are theirs, if at hand."""
+        """See to it that `self._digests` has those of `clients`; `rows` are what `send` reads of
+        theirs, if at hand."""
         if all(client in self._digests for client in clients):
             return
-        rows = self.rows(clients) if rows is None else rows
+        if rows is None:
+            rows = self._roster.rows(clients, self.algorithm.sends_by)
         self._digests.update(zip(clients, _digests(rows, len(clients)), strict=True))
 
     # -- on disk -----------------------------------------------------------------------------------

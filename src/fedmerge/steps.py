@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .local import Examples
-from .ops import Batch
+from .ops import Batch, Gradient
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -109,7 +109,7 @@ class Step:
         found = out if everyone else out[: len(here)].clone()
         x, y = self.examples.at(index)
         with torch.no_grad():
-            net.gradient(batch, x, y, share, found, self.engine.training.loss)
+            net.gradient(batch, x, y, share, Gradient(found), self.engine.training.loss)
         if not everyone:
             out[here] = found
         return out

@@ -243,6 +243,8 @@ class Algorithm:
         sends_update: whether clients send a row back.
         streams: whether `fold` is done with the updates when it returns. Methods that keep them are
             given a copy.
+        sends_by: the tables of rows that `send` reads, one of which at least changes whenever a row
+            does, so that they name it in tickets; None for all.
         grid: what tuning may try: at most 8 points, each a value for some of the method's options
             or of `lr` and `epochs`, the most promising first; the defaults are tried as well.
     """
@@ -250,6 +252,7 @@ class Algorithm:
     name: ClassVar[str]
     sends_update: ClassVar[bool] = True
     streams: ClassVar[bool] = False
+    sends_by: ClassVar[tuple[str, ...] | None] = None
     grid: ClassVar[Sequence[Mapping[str, object]]] = ({"lr": 0.1}, {"lr": 0.5}, {"lr": 0.03})
 
     def resolve(self, n_clients: int | None) -> Self:

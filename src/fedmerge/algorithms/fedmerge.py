@@ -23,6 +23,8 @@ from ..merging import (
     Sketch,
     block_scores,
     eg_row_step,
+    from_units,
+    in_units,
     merge_weighted,
     merging_weights,
 )
@@ -50,7 +52,7 @@ class FedMerge(Algorithm):
         horizon: participations after which a client's steps begin to shrink.
         leave_one_out: judge models without what the client itself put into them.
         sketch: numbers kept per block, client and model for that; the server keeps
-            m * d * b * sketch float32 numbers for m clients.
+            m * d * b * sketch 16-bit numbers for m clients.
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
             0 for rows that learn from nobody else.
         pull: how much, in steps of a peer whose update is the same.
@@ -59,6 +61,7 @@ class FedMerge(Algorithm):
 
     name: ClassVar[str] = "fedmerge"
     streams: ClassVar[bool] = True
+    sends_by: ClassVar[tuple[str, ...] | None] = ("logits", "count")
     d: int | None = None
     init_noise: float = 0.3
     cap: float = 0.1
@@ -83,7 +86,8 @@ class FedMerge(Algorithm):
         b = len(layout.blocks)
         sketch = 4 * self.sketch  # bytes
         known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
-        client = b * d * (8 + sketch * self.leave_one_out) + b * sketch * bool(self.peers)
+        own = (2 * self.sketch + 4) * self.leave_one_out
+        client = b * d * (8 + own) + b * sketch * bool(self.peers)
         return Cost(server=d + known / layout.n_bytes, server_per_client=client / layout.n_bytes)
 
     def shared(self, setup: Setup) -> Tensors:
@@ -110,7 +114,8 @@ class FedMerge(Algorithm):
             "count": torch.zeros(k, dtype=torch.int64),
         }
         if self.leave_one_out:
-            made["own"] = torch.zeros(k, b, d, self.sketch)
+            made["own"] = torch.zeros(k, b, d, self.sketch, dtype=torch.int16)
+            made["unit"] = torch.zeros(k, b, d)  # of the numbers in `own`
         if self.peers:
             made["place"] = torch.zeros(k, dtype=torch.int64)
             made["past"] = torch.zeros(k, b, self.sketch)
@@ -157,8 +162,8 @@ class FedMerge(Algorithm):
             sketch = Sketch.of(setup.layout.spans, self.sketch, setup.seed)
             part["sketch"] = sketch(updates.delta).float()
         if self.leave_one_out:
-            part["own"] = rows["own"]
-            scores += torch.einsum("kbs,kbds->kbd", part["sketch"].double(), rows["own"].double())
+            part["own"] = from_units(rows["own"], rows["unit"])
+            scores += torch.einsum("kbs,kbds->kbd", part["sketch"].double(), part["own"].double())
         pace = self._pace(rows, version)
         length = updates.lr * updates.steps
         logits = eg_row_step(rows["logits"], scores, length, pace.double(), cap=self.cap)
@@ -203,8 +208,9 @@ class FedMerge(Algorithm):
         }
         if self.leave_one_out:
             taken = (fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)).float()
-            gained = taken[..., None] * fold.gathered("sketch")[:, :, None]
-            rows["own"] = fold.gathered("own") + gained
+            gained = fold.gathered("sketch")[:, :, None]
+            own = fold.gathered("own").addcmul_(taken[..., None], gained)
+            rows["own"], rows["unit"] = in_units(own)
         made = {**shared, "models": fold.sum.step(shared["models"])}
         if self.peers:
             rows["place"] = fold.gathered("place")

@@ -27,7 +27,7 @@ from .population import Population
 EXECUTIONS = ("auto", "stacked", "sequential", "processes", "ray")
 """Ways of having clients' work done: here with one of the `Engine`'s, in other processes, or on the
 machines of a Ray cluster."""
-GROUPS = ((2**15, 32), (math.inf, 16))
+GROUPS = ((2**13, 32), (2**15, 20), (math.inf, 16))
 """Largest row, in numbers, and the clients in a stack of such rows: measured to be fastest. More of
 them no longer fit a core's cache."""
 

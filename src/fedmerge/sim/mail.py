@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,20 +24,30 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor inside a buffer: `shape` numbers of `dtype` from byte `start` on."""
+    """A tensor inside a buffer: `shape` numbers of `dtype` from byte `start` on.
+
+    With `times`, they are there once and seen as often, on a new first axis.
+    """
 
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    times: int | None = None
 
     @property
     def stop(self) -> int:
         """First byte behind it."""
         return self.start + math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def alone(self) -> Placed:
+        """The same numbers, seen once."""
+        return replace(self, times=None) if self.times else self
+
     def view(self, buffer: Tensor) -> Tensor:
         """The tensor itself; nothing is copied."""
-        return buffer[self.start : self.stop].view(self.dtype).view(self.shape)
+        own = buffer[self.start : self.stop].view(self.dtype).view(self.shape)
+        return own if self.times is None else own.expand(self.times, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,14 @@ def pack(value: object) -> tuple[Packed, list[Tensor]]:
     packer.dump(value)
     places: list[Placed] = []
     stop = 0
-    for tensor in packer.tensors:
+    for i, tensor in enumerate(packer.tensors):
         start = -(-stop // ALIGNMENT) * ALIGNMENT
-        places.append(Placed(start, tensor.dtype, tuple(tensor.shape)))
+        times = None
+        if tensor.ndim and tensor.stride(0) == 0 and len(tensor) > 1:
+            # The one model of FedAvg, say, for all clients.
+            times = len(tensor)
+            packer.tensors[i] = tensor = tensor[0]
+        places.append(Placed(start, tensor.dtype, tuple(tensor.shape), times))
         stop = places[-1].stop
     return Packed(text.getvalue(), places), packer.tensors
 
@@ -126,7 +141,7 @@ class Bundle:
 
 def _fill(buffer: Tensor, packed: Packed, tensors: list[Tensor]) -> None:
     for place, tensor in zip(packed.places, tensors, strict=True):
-        place.view(buffer).copy_(tensor)
+        place.alone.view(buffer).copy_(tensor)
 
 
 def shared_buffer(n_bytes: int) -> Tensor:

@@ -39,11 +39,13 @@ class Job:
 
     Attributes:
         measured: of `ClientSide.train`, or None for `ClientSide.evaluate`.
+        size: examples in it, all steps being alike.
         lost: worker processes that have died of it.
     """
 
     task: Task
     measured: bool | None
+    size: int = 1
     lost: int = 0
     result: Any = None
 
@@ -89,6 +91,11 @@ class _Desk:
     ready: bool = False
     jobs: dict[int, Job] = field(default_factory=dict)
 
+    @property
+    def load(self) -> tuple[bool, int]:
+        """Whether it can take no more, and how much it has to do."""
+        return len(self.jobs) == AT_ONCE, sum(job.size for job in self.jobs.values())
+
     def give(self, job: Job) -> None:
         slot = next(i for i in range(AT_ONCE) if i not in self.jobs)
         self.jobs[slot] = job
@@ -120,11 +127,15 @@ class Processes:
 
     def train(self, tasks: Iterable[Task], *, measured: bool) -> Iterator[Trained]:
         """See `ClientSide.train`."""
-        return self._results(Job(task, measured) for task in tasks)
+        return self._results(self._job(task, measured) for task in tasks)
 
     def evaluate(self, tasks: Iterable[Task]) -> Iterator[dict[str, dict[str, Measured]]]:
         """See `ClientSide.evaluate`."""
-        return self._results(Job(task, None) for task in tasks)
+        return self._results(self._job(task, None) for task in tasks)
+
+    def _job(self, task: Task, measured: bool | None) -> Job:
+        count = self.side.population.splits["train"].count
+        return Job(task, measured, int(count[task.places].sum()) + 1)
 
     def start(self) -> Workers:
         """Start the processes, unless they are there; see the class for what is raised."""
@@ -173,8 +184,8 @@ class Processes:
 
     def _hand_out(self, jobs: Iterator[Job], begun: deque[Job], again: deque[Job]) -> None:
         while True:
-            desk = min(self._desks.values(), key=lambda one: len(one.jobs))
-            if len(desk.jobs) == AT_ONCE:
+            desk = min(self._desks.values(), key=lambda one: one.load)
+            if desk.load[0]:
                 return
             if again:
                 desk.give(again.popleft())

@@ -271,7 +271,9 @@ class Simulation:
                 there = [p for p, i in enumerate(group) if i in now.replying]
                 if not there:
                     continue
-                task = self._task([group[p] for p in there], now.number, sent.message[there])
+                # Not copied if it is for all: it may be one model, seen once for each client.
+                message = sent.message if len(there) == len(group) else sent.message[there]
+                task = self._task([group[p] for p in there], now.number, message)
                 now.working.append((task, tuple(sent.tickets[p] for p in there)))
             yield task
 
