@@ -18,7 +18,7 @@ FURTHEST = 0.2
 AGREEMENT = 0.2
 """Share of the way to the mean row of those it resembles that a row goes in a round, at most."""
 MOST = 1e30
-"""Largest number that is remembered: of an update that is far too long, one must not be infinite."""
+"""Largest number that is remembered, so that no update, however long, makes one infinite."""
 SUMMED = 32
 """Peers whose steps are summed; of more, the same share of the sum is taken."""
 
