@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+AWAY = (0, 3, 4, 5)
+"""Flower's numbers for errors of the transport; all others are of the app at the client."""
 TOLERANCE = 5.0
 """Seconds that Flower is given to report an order as expired before we give it up ourselves."""
 
@@ -28,6 +30,19 @@ class Letter:
     about: Any
     round: int
     expires: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What came in place of a reply.
+
+    Attributes:
+        reason: a line. answered: whether the client's own app failed; else it was not reached, and
+            may be when it is asked again.
+    """
+
+    reason: str
+    answered: bool = False
 
 
 @dataclass
@@ -71,7 +86,7 @@ class Post:
         self._open[ids[0]] = Letter(client, node, about, number, expires)
         return True
 
-    def replies(self) -> Iterator[tuple[Letter, Any, str | None]]:
+    def replies(self) -> Iterator[tuple[Letter, Any, Failure | None]]:
         """What has come: the letter, its reply's records or None, and the error if there is one."""
         for name in list(self._open):
             # One at a time, too: replies are as large as models.
@@ -81,12 +96,14 @@ class Post:
                     continue
                 if message.has_error():
                     reason = message.error.reason or f"error {message.error.code}"
-                    yield letter, None, " ".join(str(reason).split())[:500]
+                    line = " ".join(str(reason).split())[:500]
+                    yield letter, None, Failure(line, message.error.code not in AWAY)
                 elif message.metadata.src_node_id != letter.node:
-                    yield letter, None, f"a reply of node {message.metadata.src_node_id}"
+                    line = f"a reply of node {message.metadata.src_node_id}"
+                    yield letter, None, Failure(line, answered=True)
                 else:
                     yield letter, message.content, None
             late = self._open.get(name)
             if late is not None and time.monotonic() > late.expires:
                 del self._open[name]
-                yield late, None, "no reply before the order expired"
+                yield late, None, Failure("no reply before the order expired")

@@ -96,7 +96,9 @@ class Roster:
             if "client" in found:
                 self._registry.claim(letter.node, str(found["client"]))
             else:
-                why = error or str(found.get("error", "it does not say who it is"))
+                why = (
+                    error.reason if error else str(found.get("error", "it does not say who it is"))
+                )
                 self._registry.refuse(letter.node, f"node {letter.node}: {why}")
 
     def _heed_operator(self) -> None:
