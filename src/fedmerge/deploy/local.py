@@ -239,6 +239,10 @@ class LocalFederation:
         """Whether a part is running."""
         return name in self._processes and self._processes[name].poll() is None
 
+    def pid(self, name: str) -> int:
+        """The process of a part that was started."""
+        return self._processes[name].pid
+
     def connected(self, name: str) -> bool:
         """Whether a SuperNode has been let in since it was last started."""
         return "SuperNode ID:" in self.log(name)[self._logged[name] :]
