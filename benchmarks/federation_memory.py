@@ -83,7 +83,10 @@ def measure(out: Path, n: int, numbers: int, rounds: int, in_flight: int) -> Pea
     options |= {"in_flight": in_flight}
     nodes = {f"site-{i}": {"number": i} for i in range(n)}
     environment = {"OMP_NUM_THREADS": "1"}
-    with LocalFederation(out / "flower", nodes, environment=environment) as federation:
+    # Without a database on disk, which would measure the disk.
+    with LocalFederation(
+        out / "flower", nodes, environment=environment, database=False
+    ) as federation:
         with Peaks(federation) as peaks:
             run = federation.run(app, {f"fedmerge.{k}": v for k, v in options.items()})
             ended = federation.wait(run, 3600)

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("flwr")
 
+import httpx
 from flwr.app import Error, Message
 from torch import nn
 
@@ -334,6 +335,40 @@ def test_clients_that_are_away_are_waited_for(tmp_path: Path) -> None:
     assert server.progress.members["c1"].failures == ATTEMPTS + 2
     assert server.soup.refused == {}
     assert torch.equal(server.soup.shared["models"], whole.soup.shared["models"])
+
+
+@pytest.mark.parametrize("name", ["get_nodes", "push_messages", "pull_messages"])
+def test_a_superlink_that_fails_for_a_moment_ends_no_run(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"method": "fedmerge:d=2", "clients": 2, "least": 2, "rounds": 2}
+    whole = serve(tmp_path / "whole", grid_of(make_clients(2)), **options)
+    grid, calls = grid_of(make_clients(2)), []
+    real = getattr(grid, name)
+
+    def failing(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) % 3 == 0:  # as when its database is locked
+            response = httpx.Response(500, request=httpx.Request("POST", "https://x"))
+            response.raise_for_status()
+        return real(*given)
+
+    monkeypatch.setattr(grid, name, failing)
+    server = serve(tmp_path / "failing", grid, **options)
+    assert len(calls) >= 3
+    assert torch.equal(server.soup.shared["models"], whole.soup.shared["models"])
+
+
+def test_a_superlink_that_refuses_does_end_the_run(tmp_path: Path) -> None:
+    grid = grid_of(make_clients(2))
+
+    def refuse() -> Any:
+        response = httpx.Response(401, request=httpx.Request("POST", "https://x"))
+        response.raise_for_status()
+
+    grid.get_nodes = refuse  # type: ignore[method-assign]
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        serve(tmp_path, grid, method="fedavg", clients=2)
 
 
 def test_clients_that_stay_away_are_not_waited_for_longer_than_was_asked(tmp_path: Path) -> None:

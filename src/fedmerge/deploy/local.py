@@ -195,7 +195,9 @@ class LocalFederation:
             # Asking Flower starts a process: its log says as much, but for a run that it lost.
             if ended.search(self.log("superlink")) or time.monotonic() - looked > 20:
                 looked = time.monotonic()
-                status = self.status(run)
+                status = ""
+                with contextlib.suppress(FederationError):  # a SuperLink too busy to answer
+                    status = self.status(run)
                 if status.startswith("finished"):
                     return status
             time.sleep(0.5)

@@ -6,14 +6,32 @@ It knows Flower's Grid and nothing of models; what an order or a reply says is n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Any
 
 AWAY = (0, 3, 4, 5)
 """Flower's numbers for errors of the transport; all others are of the app at the client."""
 TOLERANCE = 5.0
 """Seconds that Flower is given to report an order as expired before we give it up ourselves."""
+
+
+def steady(otherwise: Any, call: Callable[..., Any], *given: Any) -> Any:
+    """What the SuperLink answers, or `otherwise` where it fails inside just now.
+
+    Its database may be locked for longer than it waits itself when many models are on their way.
+    Flower's Grid makes an exception of that, which would end the run.
+    """
+    import httpx
+
+    try:
+        return call(*given)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code < 500:
+            raise
+        getLogger("flwr").warning("fedmerge: the SuperLink is not able to answer now: %s", error)
+        return otherwise
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Post:
 
         message = Message(records, node, kind, ttl=self.ttl, group_id=str(number))
         # One at a time: so that no more than one model is held here.
-        ids = list(self.grid.push_messages([message]))
+        ids = list(steady([], self.grid.push_messages, [message]))
         if not ids or not ids[0]:
             return False
         expires = time.monotonic() + self.ttl + TOLERANCE
@@ -90,7 +108,7 @@ class Post:
         """What has come: the letter, its reply's records or None, and the error if there is one."""
         for name in list(self._open):
             # One at a time, too: replies are as large as models.
-            for message in self.grid.pull_messages([name]):
+            for message in steady([], self.grid.pull_messages, [name]):
                 letter = self._open.pop(name, None)
                 if letter is None:
                     continue
