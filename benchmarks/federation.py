@@ -9,10 +9,15 @@ processes; what the server computes is in `server.py`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 from fedmerge.deploy.local import LocalFederation
 
@@ -89,15 +94,43 @@ def write_empty_app(folder: Path) -> None:
     (folder / "empty" / "client.py").write_text(CLIENT)
 
 
+class Commits:
+    """Watches when rounds are committed: all that a server does counts, not only what it logs."""
+
+    def __init__(self, status: Path) -> None:
+        self._status = status
+        self._times: dict[int, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.05):
+            with contextlib.suppress(OSError):
+                number = json.loads(self._status.read_text())["round"]
+                self._times.setdefault(number, time.monotonic())
+
+    def seconds(self) -> list[float]:
+        """From each commit to the next, the first to the second first."""
+        times = [at for number, at in sorted(self._times.items()) if number > 0]
+        return [after - before for before, after in pairwise(times)]
+
+
 def measure(federation: LocalFederation, kind: str, out: Path, rounds: int) -> list[float]:
     """Seconds of each round but the first, in which nodes and processes are still starting."""
     if kind == "fedmerge":
         given = {"fedmerge.state": str(out), "fedmerge.rounds": rounds}
-        ended = federation.wait(federation.run(HOSPITALS, given), 1200)
-        lines = (out / "log.jsonl").read_text().splitlines()
-        # Without the evaluation after the last round, a message of its own.
-        logs = [json.loads(line)["seconds"] for line in lines]
-        seconds = [sum(v for name, v in log.items() if name != "evaluate") for log in logs]
+        commits = Commits(out / "status.json")
+        with commits:
+            ended = federation.wait(federation.run(HOSPITALS, given), 1200)
+        seconds = [0.0, *commits.seconds()]
     else:
         options = {"rounds": rounds, "out": str(out), "torch": kind == "empty, with torch"}
         ended = federation.wait(federation.run(out.parent / "app", options), 1200)

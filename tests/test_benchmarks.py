@@ -6,6 +6,9 @@ How fast anything is, is not tested.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import pytest
 import torch
 from benchmarks import __main__ as command
 from benchmarks.child import ask
+from benchmarks.federation import Commits
+from benchmarks.federation_memory import peak_of
 from benchmarks.measure import Figure, Spread, alternate, exponent, exponents, ratios
 from benchmarks.output import write
 from benchmarks.peers.__main__ import Peer, figures
@@ -255,3 +260,25 @@ def test_a_peer_that_cannot_run_is_reported(tmp_path: Path) -> None:
     assert failed.spread is None
     assert failed.note.startswith("not run: it ended early: ")
     assert "run_gone" in failed.note
+
+
+def test_the_peak_of_a_process_is_in_mib() -> None:
+    code = "x = b'x' * (100 * 2**20); del x; print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert 100 < peak_of(child.pid) < 160
+        child.communicate(b"\n")
+    assert peak_of(child.pid) == 0.0
+
+
+def test_seconds_go_from_commit_to_commit(tmp_path: Path) -> None:
+    status = tmp_path / "status.json"
+    with Commits(status) as commits:
+        for number in (0, 1, 2):
+            status.write_text(json.dumps({"round": number}))
+            time.sleep(0.3)
+    (seconds,) = commits.seconds()
+    assert 0.2 < seconds < 3.0

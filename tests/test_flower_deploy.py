@@ -166,7 +166,7 @@ def test_a_port_in_use_is_found(app: Path) -> None:
 
 def test_a_state_in_use_or_of_another_model_is_found(app: Path) -> None:
     with locked(app / "state"):
-        assert "another server is using" in wrong(app)[0]
+        assert "is using the state folder" in wrong(app)[0]
     Server(LocalGrid({}), ServerConfig(state=str(app / "state")), network)
     grid = grid_of_two()
     options = {"rounds": 1, "clients": 2, "poll": 0.001, "deadline": 20.0}

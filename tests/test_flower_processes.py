@@ -26,6 +26,7 @@ from fedmerge import Client, Simulation, Split, Training, make_method
 from fedmerge.deploy.create import create_app
 from fedmerge.deploy.local import LocalFederation
 from fedmerge.flower import ServerConfig
+from fedmerge.flower.folder import locked
 from fedmerge.flower.identity import key_id
 from fedmerge.flower.progress import load
 from fedmerge.soup import Soup
@@ -93,6 +94,12 @@ class Site:
             logs = self.federation.tail("superlink")
             assert time.monotonic() < end, f"no {what} in {seconds} s: {self.status()} {logs}"
             time.sleep(0.1)
+
+    def until_said(self, run: int, what: str, seconds: float = 60) -> None:
+        """Wait until the ServerApp of a run has written `what` in its log."""
+        end = time.monotonic() + seconds
+        while what not in (log := self.federation.said(run)):
+            assert time.monotonic() < end, f"nobody has said {what!r} in {seconds} s: {log}"
 
     def until_under_way(self) -> int:
         """Wait until a round has begun after the last commit; its number."""
@@ -247,8 +254,12 @@ def test_a_superlink_killed_in_a_round_resumes(site: Site) -> None:
     site.federation.kill("superlink")
     assert site.version() == number - 1
     site.federation.start_superlink()
-    # No round without a site that finds the new SuperLink late: it would be away, not lost.
-    run = site.run(site.goal - site.version(), least=SITES)
+    # The ServerApp of before ends when it likes, and until then has the state folder: here it is
+    # made to last until the new one has met it. No round without a site that finds the new
+    # SuperLink late: it would be away, not lost.
+    with locked(site.state, wait=60.0):
+        run = site.run(site.goal - site.version(), least=SITES)
+        site.until_said(run, "waiting up to")
     assert site.federation.wait(run, 300) == "finished:completed"
     check_whole(site, before)
     assert counts(site) == {client: n + 2 for client, n in before.items()}

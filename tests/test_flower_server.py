@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import threading
+import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +17,15 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import Message
+import httpx
+from flwr.app import Error, Message
 from torch import nn
 
 from fedmerge import ConfigError, StateError, Training
 from fedmerge.flower import ServerConfig, client_app, wire
 from fedmerge.flower.folder import locked, write_operator
 from fedmerge.flower.identity import key_id
-from fedmerge.flower.server import Server
+from fedmerge.flower.server import ATTEMPTS, Server
 from fedmerge.soup import Soup
 from flower_fixture import LocalGrid, Node, make_clients, network
 
@@ -307,6 +312,73 @@ def test_a_round_is_tried_again_with_the_same_updates(tmp_path: Path) -> None:
     assert torch.equal(server.soup.shared["models"], whole.soup.shared["models"])
 
 
+def unreachable(message: Any, reply: Any) -> Any:
+    """What Flower answers for a node that it has lost, once it has told who it is."""
+    if message.metadata.message_type != "train":
+        return reply
+    made = Message(Error(5, "Node Unavailable"), reply_to=message)
+    made.metadata.__dict__["_src_node_id"] = reply.metadata.src_node_id
+    return made
+
+
+def test_clients_that_are_away_are_waited_for(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "fedmerge:d=2", "clients": 2, "least": 2, "rounds": 2}
+    whole = serve(tmp_path / "whole", grid_of(make_clients(2)), **options)
+    grid, lost = grid_of(make_clients(2)), []
+
+    def away(message: Any, reply: Any) -> Any:
+        lost.extend([message] * (message.metadata.message_type == "train"))
+        return unreachable(message, reply) if len(lost) <= ATTEMPTS + 2 else reply
+
+    grid.nodes[101].change = away
+    server = serve(tmp_path / "away", grid, **options)
+    assert server.progress.members["c1"].failures == ATTEMPTS + 2
+    assert server.soup.refused == {}
+    assert torch.equal(server.soup.shared["models"], whole.soup.shared["models"])
+
+
+@pytest.mark.parametrize("name", ["get_nodes", "push_messages", "pull_messages"])
+def test_a_superlink_that_fails_for_a_moment_ends_no_run(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"method": "fedmerge:d=2", "clients": 2, "least": 2, "rounds": 2}
+    whole = serve(tmp_path / "whole", grid_of(make_clients(2)), **options)
+    grid, calls = grid_of(make_clients(2)), []
+    real = getattr(grid, name)
+
+    def failing(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) % 3 == 0:  # as when its database is locked
+            response = httpx.Response(500, request=httpx.Request("POST", "https://x"))
+            response.raise_for_status()
+        return real(*given)
+
+    monkeypatch.setattr(grid, name, failing)
+    server = serve(tmp_path / "failing", grid, **options)
+    assert len(calls) >= 3
+    assert torch.equal(server.soup.shared["models"], whole.soup.shared["models"])
+
+
+def test_a_superlink_that_refuses_does_end_the_run(tmp_path: Path) -> None:
+    grid = grid_of(make_clients(2))
+
+    def refuse() -> Any:
+        response = httpx.Response(401, request=httpx.Request("POST", "https://x"))
+        response.raise_for_status()
+
+    grid.get_nodes = refuse  # type: ignore[method-assign]
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        serve(tmp_path, grid, method="fedavg", clients=2)
+
+
+def test_clients_that_stay_away_are_not_waited_for_longer_than_was_asked(tmp_path: Path) -> None:
+    grid = grid_of(make_clients(2))
+    for node in grid.nodes.values():
+        node.change = unreachable
+    with pytest.raises(ConfigError, match=r"0\.3 s at round 1 without .*c1: Node Unavailable"):
+        serve(tmp_path, grid, method="fedavg", clients=2, wait=0.3)
+
+
 def test_rounds_with_other_noise_are_not_counted_as_if_they_had_this_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "fedavg", "clients": 2, "clip": 1.0}
     grid = grid_of(make_clients(2))
@@ -343,10 +415,26 @@ def test_a_state_of_another_model_or_a_newer_version_is_refused(tmp_path: Path) 
 
 
 def test_a_state_folder_is_held_by_one_server(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(StateError, match="another server"), locked(tmp_path):
+    held = rf"another server \(process {os.getpid()}\) is using the state folder"
+    with locked(tmp_path), pytest.raises(StateError, match=held), locked(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+def test_a_server_waits_for_the_one_before_it_to_leave_the_state_folder(tmp_path: Path) -> None:
+    # As the ServerApp of a killed SuperLink, which ends some time after the next one has begun.
+    said: list[str] = []
+    with ExitStack() as before:
+        before.enter_context(locked(tmp_path))
+        leaving = threading.Timer(0.5, before.close)
+        leaving.start()
+        start = time.monotonic()
+        with locked(tmp_path, wait=30.0, told=said.append):
+            assert 0.3 < time.monotonic() - start < 10
+        leaving.join()
+    assert len(said) == 1
+    assert "waiting up to 30 s" in said[0]
 
 
 def test_every_setting_can_be_given_and_typos_are_named() -> None:

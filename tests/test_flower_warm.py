@@ -35,11 +35,18 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     made = tmp_path / "node"
     made.mkdir()
     _write_stub(made, made / "socket", str(cold))
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(made / "socket"), "no.such"])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(made / "socket"), "no.such"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         while not (made / "socket").exists():
             time.sleep(0.02)
         yield made
+        parent.kill()
+        _, said = parent.communicate(timeout=60)
+        assert "before any work" not in said  # it had work
     finally:
         parent.kill()
         parent.wait()
@@ -83,8 +90,11 @@ def test_a_parent_that_ended_before_the_first_look_leaves_nothing_behind(tmp_pat
         "w.serve(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
     )
     command = [sys.executable, "-c", serve, str(made / "socket"), str(gone.pid)]
-    subprocess.run(command, check=True, timeout=60)
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
     assert not made.exists()
+    # A SuperNode that is not let in ends so; what it says itself is a number.
+    assert "SuperNode has ended before any work came" in done.stderr
+    assert "flwr supernode register" in done.stderr
 
 
 def test_without_the_forking_process_flowers_own_command_runs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ its process id.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -171,13 +172,18 @@ class LocalFederation:
         return int(found[1])
 
     def status(self, run: int) -> str:
-        """What Flower says of a run, such as "running" or "finished:completed"."""
+        """What Flower says of a run: "running", "finished:completed", "finished:failed: why"."""
         text = self.flwr("ls", CONNECTION, "--run-id", str(run), "--format", "json")
-        found = re.search(r'"status": "([^"]+)"', text)
-        return found[1] if found else "unknown"
+        (found,) = json.loads(text)["runs"]
+        status, why = str(found["status"]), found["status-details"]
+        return f"{status}: {why}" if status == "finished:failed" else status
+
+    def said(self, run: int) -> str:
+        """What the ServerApp of a run has written so far."""
+        return self.flwr("log", str(run), CONNECTION, "--show")
 
     def wait(self, run: int, seconds: float) -> str:
-        """Wait until a run has ended; return its status.
+        """Wait until a run has ended; return its status, with the reason if it failed.
 
         Raises:
             FederationError: it has not within `seconds`.
@@ -189,7 +195,9 @@ class LocalFederation:
             # Asking Flower starts a process: its log says as much, but for a run that it lost.
             if ended.search(self.log("superlink")) or time.monotonic() - looked > 20:
                 looked = time.monotonic()
-                status = self.status(run)
+                status = ""
+                with contextlib.suppress(FederationError):  # a SuperLink too busy to answer
+                    status = self.status(run)
                 if status.startswith("finished"):
                     return status
             time.sleep(0.5)
@@ -232,6 +240,10 @@ class LocalFederation:
     def alive(self, name: str) -> bool:
         """Whether a part is running."""
         return name in self._processes and self._processes[name].poll() is None
+
+    def pid(self, name: str) -> int:
+        """The process of a part that was started."""
+        return self._processes[name].pid
 
     def connected(self, name: str) -> bool:
         """Whether a SuperNode has been let in since it was last started."""

@@ -33,6 +33,11 @@ POLL = ("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
 LOOK = 0.5
 """Seconds from one look whether the SuperNode still lives to the next."""
 LONGEST = 65_536
+REFUSED = (
+    'fedmerge: the SuperNode has ended before any work came. If it says "Failed to activate '
+    'SuperNode", the SuperLink does not let its key in: its operator registers it (`flwr supernode '
+    "register`), or, if a node with this key was running before, it is let in within a minute"
+)
 
 STUB = """
 import json, os, socket, sys
@@ -103,13 +108,17 @@ def serve(address: Path, parent: int, preload: Sequence[str] = ()) -> None:
                     importlib.import_module(name)
                 except Exception as error:  # the client's own import says it again, to the server
                     print(f"fedmerge: {name} cannot be loaded beforehand: {error}", file=sys.stderr)
+            called = False
             while os.getppid() == parent:
                 # Nobody calls; or the caller has gone, or no fork is to be had: then it is told
                 # nothing, and starts Flower's own.
                 with contextlib.suppress(OSError):
                     call, _ = door.accept()
+                    called = True
                     with call:
                         _fork(door, call)
+            if not called:
+                print(REFUSED, file=sys.stderr)
     except OSError as error:
         print(f"fedmerge: no warm start of clients: {error}", file=sys.stderr)
     finally:

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,20 @@ from ..errors import StateError
 from ..store import write_atomic
 
 STATUS, OPERATOR, LOCK = "status.json", "operator.json", "lock"
+LOOK = 0.2
+"""Seconds from one look whether the folder is free to the next."""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(
+    folder: Path, wait: float = 0.0, told: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Hold the folder for this process; the system lets go of it when the process ends.
+
+    Args:
+        wait: seconds that another server is given to end. When a SuperLink is killed, its ServerApp
+            sees that late, and takes some time to leave.
+        told: is told in a line that this one waits.
 
     Raises:
         StateError: another server holds it, or it cannot be written.
@@ -42,16 +51,34 @@ def locked(folder: Path) -> Iterator[None]:
             "set fedmerge.state to a folder that the server may write to"
         ) from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StateError(
-                f"another server is using the state folder {folder}: stop its run "
-                "(`flwr stop`), or give this one a folder of its own"
-            ) from error
+        end = time.monotonic() + wait
+        while not _taken(handle):
+            used = f"another server{_holder(handle)} is using the state folder {folder}"
+            if time.monotonic() >= end:
+                raise StateError(
+                    f"{used}: stop its run (`flwr stop`), or give this one a folder of its own"
+                )
+            if told is not None:
+                told(f"{used}; waiting up to {wait:g} s for its end")
+                told = None
+            time.sleep(LOOK)
+        os.pwrite(handle, f"{os.getpid():<20}".encode(), 0)  # for the line above only
         yield
     finally:
         os.close(handle)
+
+
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _holder(handle: int) -> str:
+    number = os.pread(handle, 20, 0).decode(errors="replace").strip()
+    return f" (process {number})" if number.isdecimal() else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

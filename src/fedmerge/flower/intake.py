@@ -21,7 +21,7 @@ from ..sim.clock import Clock
 from ..soup import Soup
 from . import progress as kept
 from . import wire
-from .post import Letter
+from .post import Failure, Letter
 from .roster import Roster, say
 
 
@@ -30,6 +30,7 @@ class Gathered:
 
     Attributes:
         number: of the round. cohort: clients asked. folded: those whose update was taken.
+        failed: clients that answered, but not with an update that was taken.
         refused: updates by reason. own: figures of the clients' own models. digests: of the updates
             that were taken, by client.
         bytes_up, bytes_down: of updates taken and of models sent. clock: seconds by phase.
@@ -39,6 +40,7 @@ class Gathered:
         self.number = number
         self.cohort = self.bytes_up = self.bytes_down = 0
         self.folded: set[str] = set()
+        self.failed: set[str] = set()
         self.refused: Counter[str] = Counter()
         self.own: dict[str, wire.Figures] = {}
         self.digests: dict[str, bytes] = {}
@@ -66,14 +68,17 @@ class Intake:
         """
         self._last_digest |= now.digests
 
-    def receive(self, now: Gathered, letter: Letter, records: Any, error: str | None) -> None:
+    def receive(self, now: Gathered, letter: Letter, records: Any, error: Failure | None) -> None:
         """Take a reply in, or say why not. The ticket is the server's own, not the client's."""
         reply = self.read(now, letter, records, error)
         if reply is None:
+            if error is None or error.answered:
+                now.failed.add(letter.client)
             return
         client, ticket = letter.client, letter.about
         reason = self._untrue(reply, ticket) or self._fold(now, client, ticket, reply)
         if reason is not None:
+            now.failed.add(client)
             now.refused[reason] += 1
             say(
                 f'round {now.number}: update of "{self._roster.name(client)}" refused: {reason}',
@@ -91,11 +96,11 @@ class Intake:
             now.own[client] = {"local": reply.figures["local"]}
 
     def read(
-        self, now: Gathered, letter: Letter, records: Any, error: str | None
+        self, now: Gathered, letter: Letter, records: Any, error: Failure | None
     ) -> wire.Reply | None:
         """The reply in a letter, or None where there is none to use; that is counted."""
         if error is not None:
-            self._roster.fail(letter.client, error)
+            self._roster.fail(letter.client, error.reason)
             return None
         try:
             reply = wire.read_reply(records)

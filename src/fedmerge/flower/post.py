@@ -6,12 +6,32 @@ It knows Flower's Grid and nothing of models; what an order or a reply says is n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Any
 
+AWAY = (0, 3, 4, 5)
+"""Flower's numbers for errors of the transport; all others are of the app at the client."""
 TOLERANCE = 5.0
 """Seconds that Flower is given to report an order as expired before we give it up ourselves."""
+
+
+def steady(otherwise: Any, call: Callable[..., Any], *given: Any) -> Any:
+    """What the SuperLink answers, or `otherwise` where it fails inside just now.
+
+    Its database may be locked for longer than it waits itself when many models are on their way.
+    Flower's Grid makes an exception of that, which would end the run.
+    """
+    import httpx
+
+    try:
+        return call(*given)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code < 500:
+            raise
+        getLogger("flwr").warning("fedmerge: the SuperLink is not able to answer now: %s", error)
+        return otherwise
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,19 @@ class Letter:
     about: Any
     round: int
     expires: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What came in place of a reply.
+
+    Attributes:
+        reason: a line. answered: whether the client's own app failed; else it was not reached, and
+            may be when it is asked again.
+    """
+
+    reason: str
+    answered: bool = False
 
 
 @dataclass
@@ -64,29 +97,31 @@ class Post:
 
         message = Message(records, node, kind, ttl=self.ttl, group_id=str(number))
         # One at a time: so that no more than one model is held here.
-        ids = list(self.grid.push_messages([message]))
+        ids = list(steady([], self.grid.push_messages, [message]))
         if not ids or not ids[0]:
             return False
         expires = time.monotonic() + self.ttl + TOLERANCE
         self._open[ids[0]] = Letter(client, node, about, number, expires)
         return True
 
-    def replies(self) -> Iterator[tuple[Letter, Any, str | None]]:
+    def replies(self) -> Iterator[tuple[Letter, Any, Failure | None]]:
         """What has come: the letter, its reply's records or None, and the error if there is one."""
         for name in list(self._open):
             # One at a time, too: replies are as large as models.
-            for message in self.grid.pull_messages([name]):
+            for message in steady([], self.grid.pull_messages, [name]):
                 letter = self._open.pop(name, None)
                 if letter is None:
                     continue
                 if message.has_error():
                     reason = message.error.reason or f"error {message.error.code}"
-                    yield letter, None, " ".join(str(reason).split())[:500]
+                    line = " ".join(str(reason).split())[:500]
+                    yield letter, None, Failure(line, message.error.code not in AWAY)
                 elif message.metadata.src_node_id != letter.node:
-                    yield letter, None, f"a reply of node {message.metadata.src_node_id}"
+                    line = f"a reply of node {message.metadata.src_node_id}"
+                    yield letter, None, Failure(line, answered=True)
                 else:
                     yield letter, message.content, None
             late = self._open.get(name)
             if late is not None and time.monotonic() > late.expires:
                 del self._open[name]
-                yield late, None, "no reply before the order expired"
+                yield late, None, Failure("no reply before the order expired")

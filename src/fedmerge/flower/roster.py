@@ -16,7 +16,7 @@ from . import progress as kept
 from .config import ServerConfig
 from .folder import read_operator
 from .identity import Registry
-from .post import Post
+from .post import Post, steady
 
 LOG = getLogger("flwr")  # where an operator looks: `flwr log`
 AGAIN = 30.0
@@ -65,7 +65,10 @@ class Roster:
     def look(self) -> None:
         """Find out which clients are connected, and ask those that are new who they are."""
         self._heed_operator()
-        nodes = {node.node_id: node for node in self._grid.get_nodes()}
+        found = steady(None, self._grid.get_nodes)
+        if found is None:
+            return  # who was there at the last look may still be
+        nodes = {node.node_id: node for node in found}
         before = len(self._registry.refused)
         asked = self._registry.unknown(nodes)
         if asked:
@@ -96,7 +99,9 @@ class Roster:
             if "client" in found:
                 self._registry.claim(letter.node, str(found["client"]))
             else:
-                why = error or str(found.get("error", "it does not say who it is"))
+                why = (
+                    error.reason if error else str(found.get("error", "it does not say who it is"))
+                )
                 self._registry.refuse(letter.node, f"node {letter.node}: {why}")
 
     def _heed_operator(self) -> None:

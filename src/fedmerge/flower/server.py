@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from flwr.serverapp import ServerApp
 
 ATTEMPTS = 3
-"""Attempts at a round without enough updates, one after the other, before the server gives up."""
+"""Attempts at a round that clients answer with errors or updates that are refused, one after the
+other, before the server gives up. Clients that are away are waited for instead."""
+PATIENCE = 120.0
+"""Seconds that a server before this one is given to let go of the state folder."""
 LOOK = 1.0
 """Seconds from one look at who is there to the next."""
 
@@ -62,7 +65,7 @@ def server_app(config: ServerConfig | None, model: ModelSource, *, n_inputs: int
     def main(grid: Any, context: Any) -> None:
         try:
             settings = (config or ServerConfig()).with_options(context.run_config)
-            with locked(settings.folder):
+            with locked(settings.folder, PATIENCE, say):
                 Server(grid, settings, model, n_inputs).run()
         except FedmergeError as error:
             say(str(error), ERROR)
@@ -97,6 +100,7 @@ class Server:
                 'of its models only; use "none"'
             )
         self._started_at = self.soup.version
+        self._pause = min(LOOK, settings.poll * 5)
         self.shown = -math.inf  # when the status was last written
 
     # -- rounds ------------------------------------------------------------------------------------
@@ -108,26 +112,34 @@ class Server:
             FedmergeError: no clients, no updates, or a state that cannot be saved; the last commit
                 is kept.
         """
-        empty = 0
+        failed, since = 0, time.monotonic()
         if self.soup.version >= self.settings.rounds and self.progress.pending is None:
             say(f"all {self.settings.rounds} rounds are done; raise fedmerge.rounds to go on")
         while self.soup.version < self.settings.rounds:
-            empty = 0 if self._round(self.soup.version + 1) else empty + 1
-            if empty == ATTEMPTS:
+            now = Gathered(self.soup.version + 1)
+            if self._round(now):
+                failed, since = 0, time.monotonic()
+                continue
+            # Who is away may come back; who answers wrongly will do so again.
+            failed += bool(now.failed)
+            waited = time.monotonic() - since > self.settings.wait
+            if failed == ATTEMPTS or waited:
+                tried = f"{self.settings.wait:g} s" if waited else f"{ATTEMPTS} attempts"
                 raise ConfigError(
-                    f"{ATTEMPTS} attempts at round {self.soup.version + 1} without enough updates; "
+                    f"{tried} at round {now.number} without enough updates; "
                     f"{self.roster.complaints()}; what was committed is kept in "
                     f"{self.settings.state}"
                 )
+            time.sleep(self._pause)
         if self.progress.pending is not None:
             self._evaluate_last()
         if self.progress.history:
             export_models(self)
 
-    def _round(self, number: int) -> bool:
+    def _round(self, now: Gathered) -> bool:
         """One round; False if too few updates came, and nothing has changed."""
         self.soup.abandon()
-        now = Gathered(number)
+        number = now.number
         cohort = self._draw(self._gather(now), number)
         now.cohort = len(cohort)
         end = time.monotonic() + self.settings.deadline
@@ -283,7 +295,7 @@ class Server:
             for letter, records, error in self._post.replies():
                 self._intake.receive(now, letter, records, error)
             publish_status(self, now)
-            time.sleep(min(LOOK, self.settings.poll * 5))
+            time.sleep(self._pause)
 
     def _draw(self, there: list[str], number: int) -> list[str]:
         """The round's cohort; as a simulation draws it, over sorted ids."""

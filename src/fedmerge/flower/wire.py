@@ -17,8 +17,14 @@ from ..algorithms import Ticket
 from ..codec import Codec, Coded
 from ..errors import ModelError
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised with every change that an older client or server would misunderstand."""
+SMALL = 2**20
+"""Bytes of tensors up to which they travel within the record of values. Flower sends every record,
+array and piece of an array by a request of its own, announced by the first: whoever looks before
+the last has come waits a second for it."""
+PACKED = "tensors."
+"""Of the names of the values that hold a group of tensors."""
 Figures = dict[str, dict[str, dict[str, float]]]
 """{model: {split: {measure: value}}} of one client."""
 
@@ -76,8 +82,6 @@ class Reply:
 
 def write_order(order: Order) -> Any:
     """The records of an order."""
-    from flwr.app import ConfigRecord, RecordDict
-
     config: dict[str, Any] = {
         "protocol": PROTOCOL,
         **_ticket_values(order.ticket),
@@ -93,7 +97,7 @@ def write_order(order: Order) -> Any:
         "keep": order.codec.keep,
         "federation": order.federation,
     }
-    return RecordDict({"order": ConfigRecord(config), "model": arrays({"model": order.message})})
+    return _records("order", config, {"model": {"model": order.message}})
 
 
 def read_order(records: Any) -> Order:
@@ -115,7 +119,7 @@ def read_order(records: Any) -> Order:
         seed=config["seed"],
         method=config["method"],
         layout=config["layout"],
-        message=tensors(records["model"])["model"],
+        message=_group(records, config, "model")["model"],
         blocks=config["blocks"],
         train=config["train"],
         measure_received=config["measure-received"],
@@ -127,28 +131,21 @@ def read_order(records: Any) -> Order:
 
 def write_reply(reply: Reply) -> Any:
     """The records of a reply."""
-    from flwr.app import ConfigRecord, MetricRecord, RecordDict
-
-    config: dict[str, Any] = {"protocol": PROTOCOL}
-    if reply.ticket is not None:
-        config |= _ticket_values(reply.ticket)
-    if reply.error is not None:
-        config["error"] = reply.error
-    metrics: dict[str, Any] = {
+    config: dict[str, Any] = {
+        "protocol": PROTOCOL,
         "n-examples": reply.n_examples,
         "steps": reply.steps,
         "lr": reply.lr,
         **{f"size.{split}": size for split, size in reply.sizes.items()},
     }
+    if reply.ticket is not None:
+        config |= _ticket_values(reply.ticket)
+    if reply.error is not None:
+        config["error"] = reply.error
     for model, splits in reply.figures.items():
         for split, found in splits.items():
-            metrics |= {f"figure.{model}.{split}.{name}": v for name, v in found.items()}
-    made = {"reply": ConfigRecord(config), "metrics": MetricRecord(metrics)}
-    if reply.coded:
-        made["update"] = arrays(reply.coded)
-    if reply.extra:
-        made["extra"] = arrays(reply.extra)
-    return RecordDict(made)
+            config |= {f"figure.{model}.{split}.{name}": v for name, v in found.items()}
+    return _records("reply", config, {"update": reply.coded, "extra": reply.extra})
 
 
 def read_reply(records: Any) -> Reply:
@@ -159,26 +156,25 @@ def read_reply(records: Any) -> Reply:
     """
     try:
         config = dict(records["reply"])
-        metrics = dict(records["metrics"])
         if config["protocol"] != PROTOCOL:
             raise ModelError(f"a reply of protocol {config['protocol']}, wanted {PROTOCOL}")
         ticket = None
         if "client" in config:
             ticket = Ticket(str(config["client"]), int(config["version"]), str(config["row"]))
         figures: Figures = {}
-        for name, value in metrics.items():
+        for name, value in config.items():
             if name.startswith("figure."):
                 _, model, split, measure = name.split(".")
                 figures.setdefault(model, {}).setdefault(split, {})[measure] = float(value)
         return Reply(
             ticket=ticket,
-            coded=tensors(records["update"]) if "update" in records else {},
-            extra=tensors(records["extra"]) if "extra" in records else {},
-            n_examples=_whole(metrics["n-examples"]),
-            steps=_whole(metrics["steps"]),
-            lr=float(metrics["lr"]),
+            coded=_group(records, config, "update"),
+            extra=_group(records, config, "extra"),
+            n_examples=_whole(config["n-examples"]),
+            steps=_whole(config["steps"]),
+            lr=float(config["lr"]),
             figures=figures,
-            sizes={n[5:]: _whole(v) for n, v in metrics.items() if n.startswith("size.")},
+            sizes={n[5:]: _whole(v) for n, v in config.items() if n.startswith("size.")},
             error=str(config["error"]) if "error" in config else None,
         )
     except ModelError:
@@ -197,19 +193,48 @@ def _ticket_values(ticket: Ticket) -> dict[str, Any]:
     return {"client": ticket.client, "version": ticket.version, "row": ticket.row}
 
 
+def _records(name: str, config: dict[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """Values and groups of tensors as records, as few as there can be."""
+    from flwr.app import ConfigRecord, RecordDict
+    from safetensors.numpy import save
+
+    found = {group: values for group, values in groups.items() if values}
+    size = sum(value.nbytes for values in found.values() for value in values.values())
+    if size <= SMALL:
+        packed = {group: save(_numpy(values)) for group, values in found.items()}
+        config |= {PACKED + group: data for group, data in packed.items()}
+        found = {}
+    apart = {group: arrays(values) for group, values in found.items()}
+    return RecordDict({name: ConfigRecord(config), **apart})
+
+
+def _group(records: Any, config: Mapping[str, Any], group: str) -> dict[str, Tensor]:
+    """A group of tensors that `_records` has written; empty if there is none."""
+    from safetensors.numpy import load
+
+    if PACKED + group in config:
+        return _tensors(load(config[PACKED + group]))
+    return tensors(records[group]) if group in records else {}
+
+
 def arrays(values: Mapping[str, Tensor]) -> Any:
     """Named tensors as a record of arrays."""
     from flwr.app import Array, ArrayRecord
 
     made = ArrayRecord()
-    for name, value in values.items():
-        made[name] = Array(np.asarray(value.detach().numpy(), order="C"))
+    for name, value in _numpy(values).items():
+        made[name] = Array(value)
     return made
 
 
 def tensors(record: Any) -> dict[str, Tensor]:
     """The tensors of a record of arrays; they can be written to."""
-    return {
-        name: torch.from_numpy(np.require(array.numpy(), requirements="W"))
-        for name, array in record.items()
-    }
+    return _tensors({name: array.numpy() for name, array in record.items()})
+
+
+def _numpy(values: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: np.asarray(v.detach().numpy(), order="C") for name, v in values.items()}
+
+
+def _tensors(values: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+    return {n: torch.from_numpy(np.require(v, requirements="W")) for n, v in values.items()}
