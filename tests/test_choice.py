@@ -171,3 +171,13 @@ def test_the_limit_is_a_number_of_parameters() -> None:
 
     assert engine(LARGEST_STACKED).net is not None
     assert engine(LARGEST_STACKED + 1).net is None
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"), [(1, "in one worker process."), (2, "in 2 worker processes.")]
+)
+def test_one_worker_is_not_called_several(workers: int, words: str) -> None:
+    clients = make_clients(40)
+    assert simulate("fedavg", clients, execution="processes", workers=workers).chosen.endswith(
+        words
+    )

@@ -111,7 +111,9 @@ def test_every_method_gives_the_same_in_every_execution(method: str) -> None:
     other = run(short(method), CLIENTS, execution="sequential", **RAGGED)
     there = states(other)
     for name, value in states(one).items():
-        assert torch.allclose(value, there[name], rtol=1e-4, atol=1e-5), name
+        # Whole numbers of a small unit may be rounded the other way.
+        off = 1 if value.dtype == torch.int16 else 1e-5
+        torch.testing.assert_close(value, there[name], rtol=1e-4, atol=off)
     for a, b in zip(one.history, other.history, strict=True):
         facts = ("cohort", "dropped", "refused", "bytes_up", "bytes_down")
         assert all(getattr(a, fact) == getattr(b, fact) for fact in facts)

@@ -497,6 +497,16 @@ def test_what_is_sent_beside_an_update_is_checked_too(choice: Tensor | None) -> 
     assert set(soup.commit()) == {"a", "b"}
 
 
+def test_a_state_with_other_tables_is_of_another_version_and_changes_nothing() -> None:
+    soup, other = make_soup(), make_soup()
+    soup.join(["a"])
+    tensors, facts = soup.state()
+    tensors["rows.old"] = tensors.pop("rows.unit")
+    with pytest.raises(StateError, match=r"state was made by another version.* keeps .*old.*unit"):
+        other.restore(tensors, facts, "state")
+    assert other.clients == ()
+
+
 def test_parts_of_another_length_than_the_tickets_are_refused_whole() -> None:
     soup = make_soup()
     good = make_updates(soup.send(("a", "b")), made_delta(soup, 2, 1))

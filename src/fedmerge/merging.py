@@ -410,10 +410,13 @@ def in_units(values: Tensor) -> tuple[Tensor, Tensor]:
     Each is off by half a unit at most, which is 1 / 65534 of the largest in its row; infinity
     becomes a large number.
     """
-    values = values.nan_to_num().clamp_(-HUGE, HUGE)
-    unit = values.abs().amax(-1) / torch.iinfo(torch.int16).max
+    largest = values.abs().amax(-1)
+    if not bool((largest < HUGE).all()):
+        values = values.nan_to_num().clamp(-HUGE, HUGE)
+        largest = values.abs().amax(-1)
+    unit = largest / torch.iinfo(torch.int16).max
     scaled = values / torch.where(unit > 0, unit, 1.0)[..., None]
-    return scaled.round_().clamp_(-32767, 32767).to(torch.int16), unit
+    return scaled.round_().to(torch.int16), unit
 
 
 def from_units(whole: Tensor, unit: Tensor) -> Tensor:

@@ -88,8 +88,7 @@ def remembered(past: Tensor, sketch: Tensor) -> Tensor:
     updates are short, and its own.
     """
     wide = sketch.double()
-    made = past + wide * wide.square().sum((1, 2), keepdim=True)
-    return made.clamp(-MOST, MOST).float()
+    return (past + wide * wide.square().sum((1, 2), keepdim=True)).clamp(-MOST, MOST).float()
 
 
 def renewed(peers: Peers, seen: Peers, most: int) -> Peers:

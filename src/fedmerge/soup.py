@@ -416,6 +416,14 @@ class Soup:
                     f"{where} is of another run: its {name} is {facts.get(name)}, wanted {own}; "
                     "use another folder, or the settings it was made with"
                 )
+        tables = {n: t.clone() for n, t in _part(tensors, "rows.").items()}
+        wanted = self._roster.tables.keys()
+        if facts["clients"] and tables.keys() != wanted:
+            raise StateError(
+                f"{where} was made by another version of fedmerge: it keeps "
+                f"{', '.join(sorted(tables))} for a client, wanted {', '.join(sorted(wanted))}; "
+                "use that version, or another folder"
+            )
         shared = _part(tensors, "shared.")
         if "models" in facts["files"]:
             shared["models"] = self.storage.open(facts["files"]["models"], where)
@@ -426,7 +434,6 @@ class Soup:
         self.refused_by = {c: Counter(n) for c, n in facts["refused_by"].items()}
         self.safety.guard.restore(facts.get("guard", {}))
         self.shared = shared
-        tables = {n: t.clone() for n, t in _part(tensors, "rows.").items()}
         self._roster = Roster.holding(
             partial(self.algorithm.rows, self.setup), facts["clients"], tables
         )

@@ -86,8 +86,8 @@ class FedMerge(Algorithm):
         b = len(layout.blocks)
         sketch = 4 * self.sketch  # bytes
         known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
-        own = (2 * self.sketch + 4) * self.leave_one_out
-        client = b * d * (8 + own) + b * sketch * bool(self.peers)
+        kept = 2 * self.sketch + 4
+        client = b * d * (8 + kept * self.leave_one_out) + b * kept * bool(self.peers)
         return Cost(server=d + known / layout.n_bytes, server_per_client=client / layout.n_bytes)
 
     def shared(self, setup: Setup) -> Tensors:
@@ -118,7 +118,8 @@ class FedMerge(Algorithm):
             made["unit"] = torch.zeros(k, b, d)  # of the numbers in `own`
         if self.peers:
             made["place"] = torch.zeros(k, dtype=torch.int64)
-            made["past"] = torch.zeros(k, b, self.sketch)
+            made["past"] = torch.zeros(k, b, self.sketch, dtype=torch.int16)
+            made["past_unit"] = torch.zeros(k, b)
         return made
 
     def weights(self, setup: Setup, rows: Tensors) -> Tensor:
@@ -171,7 +172,8 @@ class FedMerge(Algorithm):
             part["place"] = rows["place"]
             before = merging_weights(rows["logits"]).clamp_min(FLOOR).log()
             part["step"] = centred(logits - before)
-            part["past"] = remembered(rows["past"], part["sketch"])
+            past = from_units(rows["past"], rows["past_unit"])
+            part["past"] = remembered(past, part["sketch"])
             logits = self._with_peers(shared, rows, part, logits, version)
         part["logits"] = logits
         share = merging_weights(logits) * updates.n_examples.double()[:, None, None]
@@ -214,7 +216,7 @@ class FedMerge(Algorithm):
         made = {**shared, "models": fold.sum.step(shared["models"])}
         if self.peers:
             rows["place"] = fold.gathered("place")
-            rows["past"] = fold.gathered("past")
+            rows["past"], rows["past_unit"] = in_units(fold.gathered("past"))
             seen = {name: fold.gathered(name) for name in ("place", "sketch", "step", "past")}
             seen["logits"] = centred(rows["logits"])
             seen["home"] = torch.full(rows["logits"].shape[:2], -1)

@@ -103,7 +103,7 @@ class Auto:
         self._now, self._decided = chosen, True
         where = "in this process"
         if chosen is self._apart:
-            where = f"in {self._apart.size} worker processes"
+            where = _in(self._apart)
         else:
             self._apart.close()
         self.why = f"{where}, as {reason}"
@@ -141,9 +141,13 @@ def described(side: ClientSide, executor: Executor | Cluster) -> str:
         case Auto():
             where = executor.why
         case Processes():
-            where = f"in {executor.size} worker processes"
+            where = _in(executor)
         case Cluster():
             where = "on a Ray cluster"
         case _:
             where = "in this process"
     return f"Clients were trained {how}{reason}, {where}."
+
+
+def _in(workers: Processes) -> str:
+    return "in one worker process" if workers.size == 1 else f"in {workers.size} worker processes"
