@@ -1,6 +1,6 @@
 """`fedmerge deploy check`: what would go wrong, found before anything starts.
 
-It reads, tries and reports; it changes nothing.
+It reads, tries and reports; it changes nothing, but makes the state folder, to see that it can.
 """
 
 from __future__ import annotations
