@@ -31,7 +31,7 @@ class RuleByHand:
     own: dict[str, Row] = field(default_factory=dict)
     seen: dict[str, list[int]] = field(default_factory=dict)
     last: dict[str, tuple[Row, Row]] = field(default_factory=dict)  # update (P,), own step (b, d)
-    past: dict[str, Row] = field(default_factory=dict)  # updates so far (P,), the long ones most
+    past: dict[str, Row] = field(default_factory=dict)  # updates so far (P,), of later ones less
     seen_past: dict[str, Row] = field(default_factory=dict)  # the same before this round
     plain: float = 0.0
     kinds: list[tuple[list[str], list[int]]] = field(
@@ -57,7 +57,9 @@ class RuleByHand:
         """One round of the clients in `delta` (P,); length = learning rate times steps."""
         stepped = {i: self._row(i, delta[i], length[i]) for i in delta}
         for i in delta:
-            self.past[i] = self.past.get(i, 0) + delta[i] * (delta[i] @ delta[i])
+            self.join(i)
+            weight = min(1, 10 / (len(self.seen[i]) + 1)) ** 2
+            self.past[i] = self.past.get(i, 0) + weight * delta[i]
         drawn = {i: self._drawn(i, stepped[i], delta[i]) for i in delta}
         new = {i: self._settled(i, drawn[i]) for i in delta}
         before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}

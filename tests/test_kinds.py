@@ -146,10 +146,10 @@ def test_a_client_is_no_witness_of_its_own_kind() -> None:
     assert moved[0].argmax(-1).tolist() == peers["home"][3].tolist()
 
 
-def test_long_updates_are_remembered_most() -> None:
-    sketch = torch.tensor([[[3.0, 0], [4, 0]], [[0, 0.1], [0, 0]]])
-    past = remembered(torch.ones(2, 2, 2), sketch)
-    torch.testing.assert_close(past, 1 + sketch * torch.tensor([25.0, 0.01])[:, None, None])
+def test_the_first_updates_are_remembered_in_full_and_later_ones_less() -> None:
+    sketch, before = normal(1, 3, 2, 4), torch.tensor([0, 9, 19])
+    past = remembered(torch.ones(3, 2, 4), sketch, before)
+    torch.testing.assert_close(past, 1 + sketch * torch.tensor([1, 1, 0.25])[:, None, None])
 
 
 def play(method: FedMerge, rounds: int = 14, noise: float = 0.1) -> tuple[Soup, RuleByHand]:

@@ -17,8 +17,8 @@ FURTHEST = 0.2
 """Most that a log-weight moves by the steps of others in a round, in nats."""
 AGREEMENT = 0.2
 """Share of the way to the mean row of those it resembles that a row goes in a round, at most."""
-MOST = 1e30
-"""Largest number that is remembered, so that no update, however long, makes one infinite."""
+FIRST = 10
+"""Updates of a client that are remembered in full."""
 SUMMED = 32
 """Peers whose steps are summed; of more, the same share of the sum is taken."""
 
@@ -81,14 +81,17 @@ def drawn(logits: Tensor, alike: Tensor, peers: Peers, pull: float) -> Tensor:
     return torch.log_softmax(logits + along + AGREEMENT * away / (1 + total), dim=-1)
 
 
-def remembered(past: Tensor, sketch: Tensor) -> Tensor:
-    """Return what k clients' updates were so far, (k, b, s): a sum that long updates dominate.
+def remembered(past: Tensor, sketch: Tensor, before: Tensor) -> Tensor:
+    """Return what k clients' updates were so far, (k, b, s): the first summed, of later ones less.
 
-    What a client has in common with others shows in the rounds in which it learns most; later
-    updates are short, and its own.
+    What a client has in common with others shows while it learns that; later updates are its own.
+
+    Args:
+        past: (k, b, s) before this update. sketch: (k, b, s) of it.
+        before: (k,) int64, how often the clients have taken part.
     """
-    wide = sketch.double()
-    return (past + wide * wide.square().sum((1, 2), keepdim=True)).clamp(-MOST, MOST).float()
+    weight = (FIRST / (before + 1)).clamp(max=1.0) ** 2
+    return past + weight.float()[:, None, None] * sketch
 
 
 def renewed(peers: Peers, seen: Peers, most: int) -> Peers:

@@ -173,7 +173,7 @@ class FedMerge(Algorithm):
             before = merging_weights(rows["logits"]).clamp_min(FLOOR).log()
             part["step"] = centred(logits - before)
             past = from_units(rows["past"], rows["past_unit"])
-            part["past"] = remembered(past, part["sketch"])
+            part["past"] = remembered(past, part["sketch"], rows["count"])
             logits = self._with_peers(shared, rows, part, logits, version)
         part["logits"] = logits
         share = merging_weights(logits) * updates.n_examples.double()[:, None, None]
