@@ -71,7 +71,9 @@ def test_a_federation_is_the_simulation(tmp_path: Path, method: str, participati
         torch.testing.assert_close(server.soup.shared[name], tensor, rtol=1e-5, atol=1e-6)
     ids = [c.id for c in clients]
     for name, rows in simulation.soup.rows(ids).items():
-        torch.testing.assert_close(server.soup.rows(ids)[name], rows, rtol=1e-4, atol=1e-5)
+        # Of numbers kept in 16 bits, one may be rounded the other way.
+        off = 1 if rows.dtype == torch.int16 else 1e-5
+        torch.testing.assert_close(server.soup.rows(ids)[name], rows, rtol=1e-4, atol=off)
     for mine, theirs in zip(server.progress.history, wanted, strict=True):
         assert (mine.round, mine.cohort, mine.refused) == (theirs.round, theirs.cohort, {})
         assert (mine.bytes_up, mine.bytes_down) == (theirs.bytes_up, theirs.bytes_down)

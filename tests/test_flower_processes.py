@@ -206,7 +206,9 @@ def test_with_tls_and_keys_it_does_what_the_simulation_does(site: Site) -> None:
     )
     ids = [c.id for c in clients]
     for name, rows in simulation.soup.rows(ids).items():
-        torch.testing.assert_close(soup.rows(ids)[name], rows, rtol=1e-4, atol=1e-5)
+        # Of numbers kept in 16 bits, one may be rounded the other way.
+        off = 1 if rows.dtype == torch.int16 else 1e-5
+        torch.testing.assert_close(soup.rows(ids)[name], rows, rtol=1e-4, atol=off)
     logs = [json.loads(line) for line in (site.state / "log.jsonl").read_text().splitlines()]
     for mine, theirs in zip(logs, wanted, strict=True):
         found = mine["metrics"]["merged"]["test"]["accuracy"]["mean"]
