@@ -25,7 +25,7 @@ class RuleByHand:
     pull: float = 20.0
     furthest: float = 0.2
     agreement: float = 0.2
-    settle: float = 0.2
+    settle: float = 0.5
     round: int = 0
     weights: dict[str, Row] = field(default_factory=dict)
     own: dict[str, Row] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class RuleByHand:
 
     def _settled(self, i: str, row: Row) -> Row:
         """The row (b, d) of client i on its way home, if its kind has one."""
-        if not self.kinds or self.round < 10:
+        if not self.kinds or self.round < 5:
             return row
         mean = np.mean(list(self.seen_past.values()), axis=0)
 
@@ -137,7 +137,7 @@ class RuleByHand:
             near.append(np.mean(found) if found else 0.0)
         if max(near) <= 0:
             return row
-        start = self.weights[i] if len(self.seen[i]) >= 10 else row
+        start = self.weights[i] if len(self.seen[i]) >= 5 else row
         share = self.settle * self.plain
         made = (1 - share) * start
         for b, model in enumerate(self.kinds[int(np.argmax(near))][1]):

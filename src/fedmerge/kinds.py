@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .peers import FIRST, Peers, unit
+from .peers import Peers, unit
 
 GREY = 0.25
 """Ambiguity of the likenesses from which on no kinds are seen; plain kinds have .02 to .2."""
@@ -19,7 +19,7 @@ FEWEST = 5
 """Peers from which on likenesses are judged: those of fewer to others say too little."""
 JOIN = 0.5
 """Mean likeness from which on two groups of clients are of one kind."""
-SETTLING = FIRST
+SETTLING = 5
 """Rounds before any row goes home: the first updates of all clients are much alike. A row that has
 taken part as often makes no steps of its own on its way."""
 

@@ -70,7 +70,7 @@ class FedMerge(Algorithm):
     sketch: int = 256
     peers: int = 256
     pull: float = 20.0
-    settle: float = 0.2
+    settle: float = 0.5
 
     def __post_init__(self) -> None:
         self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1, peers=0, pull=0, settle=0)
