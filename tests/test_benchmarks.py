@@ -22,6 +22,8 @@ from benchmarks.measure import Figure, Spread, alternate, exponent, exponents, r
 from benchmarks.output import write
 from benchmarks.peers.__main__ import Peer, figures
 from benchmarks.peers.__main__ import main as run_peers
+from benchmarks.rivals.__main__ import PLAIN, Pair, table
+from benchmarks.rivals.__main__ import main as run_rivals
 from benchmarks.rounds import BARE
 from benchmarks.server import STEP
 from benchmarks.simulated import Simulated, executions
@@ -282,3 +284,49 @@ def test_seconds_go_from_commit_to_commit(tmp_path: Path) -> None:
             time.sleep(0.3)
     (seconds,) = commits.seconds()
     assert 0.2 < seconds < 3.0
+
+
+# -- the rivals beside plain implementations -------------------------------------------------------
+
+
+def test_a_rival_and_its_plain_implementation_are_in_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--rounds", "2", "--clients", "4", "--settings", "domain", "--seeds", "5,6"]
+    pairs = run_rivals(["fedrep", *few, "--out", str(tmp_path)])
+    assert [(p.method, p.setting, p.seed) for p in pairs] == [
+        ("fedrep", "domain", 5),
+        ("fedrep", "domain", 6),
+    ]
+    # Both have learned something, each from draws of its own: ten classes are equally frequent.
+    assert all(0.3 < value < 1.0 for p in pairs for value in (p.library, p.plain))
+    assert any(p.library != p.plain for p in pairs)
+    heading, _, row = capsys.readouterr().out.splitlines()
+    assert heading == "| method | setting | library | plain | difference | 95 % interval |"
+    library, plain = (sum(v) / 2 for v in zip(*((p.library, p.plain) for p in pairs), strict=True))
+    assert row.startswith(f"| fedrep | domain | {library:.3f} | {plain:.3f} |")
+    lines = (tmp_path / "rivals.jsonl").read_text().splitlines()
+    assert [Pair(**json.loads(line)) for line in lines] == pairs
+
+
+@pytest.mark.parametrize("method", sorted(set(PLAIN) - {"fedrep"}))
+def test_every_plain_implementation_runs(method: str, tmp_path: Path) -> None:
+    line = [method, "--rounds", "2", "--clients", "4", "--settings", "domain", "--seeds", "5"]
+    (pair,) = run_rivals([*line, "--out", str(tmp_path)])
+    assert 0.2 < pair.plain <= 1.0
+
+
+def test_the_interval_of_a_difference_is_over_seeds() -> None:
+    # Differences .01, .02, .03: mean .02, standard error .01 / sqrt 3, t of 2 degrees 4.303.
+    pairs = [Pair("ditto", "domain", seed, 0.5 + seed / 100, 0.5) for seed in (1, 2, 3)]
+    assert table(pairs).splitlines()[2] == (
+        "| ditto | domain | 0.520 | 0.500 | +0.020 | -0.005 to +0.045 |"
+    )
+
+
+def test_a_rival_without_a_plain_implementation_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run_rivals(["fedrap"])
+    assert 'there is no method "fedrap": choose from fedem, fedrep' in capsys.readouterr().err
