@@ -392,17 +392,18 @@ def test_a_round_does_not_change_the_state_before_it() -> None:
     assert not equal(before, soup_tensors(soup))
 
 
-def test_numbers_in_units_are_off_by_half_a_unit_at_most() -> None:
+@pytest.mark.parametrize(("kept", "steps"), [(torch.int16, 65534), (torch.int8, 254)])
+def test_numbers_in_units_are_off_by_half_a_unit_at_most(kept: torch.dtype, steps: int) -> None:
     values = normal(4, 3, 2, 50) * torch.tensor([1e-20, 1.0, 1e30])[:, None, None]
     values[1, 1] = 0
     values[2, 0, 7] = torch.inf
-    whole, unit = in_units(values)
-    assert (whole.dtype, unit.shape) == (torch.int16, (3, 2))
+    whole, unit = in_units(values, kept)
+    assert (whole.dtype, unit.shape) == (kept, (3, 2))
     found = from_units(whole, unit)
     assert found.dtype == values.dtype
     assert bool(found.isfinite().all())
     assert not found[1, 1].any()
     wanted = values.clamp(-HUGE, HUGE)
     off = (found - wanted).abs() / wanted.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    assert float(off.max()) <= 1 / 65534 + 1e-6
+    assert float(off.max()) <= 1 / steps + 1e-6
     assert bool((found[0] != values[0]).any())

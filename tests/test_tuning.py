@@ -136,15 +136,15 @@ def write_run(cell: Cell, out: Path, *rounds: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("rounds", "expected"),
     [
-        ([logged(0.5, 1.0), logged(0.7, 0.5), {}, logged(0.9, 0.6)], 0.7),
-        ([logged(0.4, 0.5), logged(0.8, 0.5)], 0.4),  # of equals the first
-        ([logged(None, 3.0), logged(None, 2.0), logged(None, 2.5)], -2.0),  # regression
+        ([logged(0.5, 1.0), logged(0.7, 0.5), logged(0.9, 0.6), {}], 0.9),
+        ([logged(0.8, 0.5), logged(0.4, 0.5)], 0.4),
+        ([logged(None, 2.0), logged(None, 2.5)], -2.5),  # regression
         ([logged(0.9, 0.5), logged(0.9, None)], None),  # diverged at the end
         ([logged(0.9, None), logged(0.6, 1.5)], 0.6),
         ([{}], None),
     ],
 )
-def test_the_score_is_of_the_round_of_least_validation_loss(
+def test_the_score_is_of_the_last_evaluated_round(
     tmp_path: Path, rounds: list[dict[str, Any]], expected: float | None
 ) -> None:
     (group,) = groups_of()

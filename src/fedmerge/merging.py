@@ -404,19 +404,19 @@ class Sketch:
         return made.transpose(0, 1).contiguous()
 
 
-def in_units(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (..., n) as int16 multiples of a unit (...), one for each row: half the memory.
+def in_units(values: Tensor, kept: torch.dtype = torch.int16) -> tuple[Tensor, Tensor]:
+    """Numbers (..., n) as whole multiples, of dtype `kept`, of a unit (...), one for each row.
 
-    Each is off by half a unit at most, which is 1 / 65534 of the largest in its row; infinity
-    becomes a large number.
+    Each is off by half a unit at most: 1 / 65534 of the largest in its row with 16 bits, 1 / 254
+    with 8. Infinity becomes a large number.
     """
     largest = values.abs().amax(-1)
     if not bool((largest < HUGE).all()):
         values = values.nan_to_num().clamp(-HUGE, HUGE)
         largest = values.abs().amax(-1)
-    unit = largest / torch.iinfo(torch.int16).max
+    unit = largest / torch.iinfo(kept).max
     scaled = values / torch.where(unit > 0, unit, 1.0)[..., None]
-    return scaled.round_().to(torch.int16), unit
+    return scaled.round_().to(kept), unit
 
 
 def from_units(whole: Tensor, unit: Tensor) -> Tensor:

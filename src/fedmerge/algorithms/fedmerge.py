@@ -52,7 +52,7 @@ class FedMerge(Algorithm):
         horizon: participations after which a client's steps begin to shrink.
         leave_one_out: judge models without what the client itself put into them.
         sketch: numbers kept per block, client and model for that; the server keeps
-            m * d * b * sketch 16-bit numbers for m clients.
+            m * d * b * sketch 16-bit numbers for m clients (and a few of 8 bits for `peers`).
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
             0 for rows that learn from nobody else.
         pull: how much, in steps of a peer whose update is the same.
@@ -86,8 +86,8 @@ class FedMerge(Algorithm):
         b = len(layout.blocks)
         sketch = 4 * self.sketch  # bytes
         known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
-        kept = 2 * self.sketch + 4
-        client = b * d * (8 + kept * self.leave_one_out) + b * kept * bool(self.peers)
+        own, past = 2 * self.sketch + 4, self.sketch + 4
+        client = b * d * (8 + own * self.leave_one_out) + b * past * bool(self.peers)
         return Cost(server=d + known / layout.n_bytes, server_per_client=client / layout.n_bytes)
 
     def shared(self, setup: Setup) -> Tensors:
@@ -118,7 +118,7 @@ class FedMerge(Algorithm):
             made["unit"] = torch.zeros(k, b, d)  # of the numbers in `own`
         if self.peers:
             made["place"] = torch.zeros(k, dtype=torch.int64)
-            made["past"] = torch.zeros(k, b, self.sketch, dtype=torch.int16)
+            made["past"] = torch.zeros(k, b, self.sketch, dtype=torch.int8)
             made["past_unit"] = torch.zeros(k, b)
         return made
 
@@ -216,7 +216,7 @@ class FedMerge(Algorithm):
         made = {**shared, "models": fold.sum.step(shared["models"])}
         if self.peers:
             rows["place"] = fold.gathered("place")
-            rows["past"], rows["past_unit"] = in_units(fold.gathered("past"))
+            rows["past"], rows["past_unit"] = in_units(fold.gathered("past"), torch.int8)
             seen = {name: fold.gathered(name) for name in ("place", "sketch", "step", "past")}
             seen["logits"] = centred(rows["logits"])
             seen["home"] = torch.full(rows["logits"].shape[:2], -1)

@@ -245,24 +245,18 @@ def score(folder: Path) -> float | None:
     """Return the score of a finished trial, higher is better; None where it diverged.
 
     It is the mean over clients of the merged model's validation accuracy, minus its validation loss
-    where there is no accuracy, at the evaluated round of least validation loss (the first of
-    equals). A run whose last loss is infinite has diverged, whatever it was before.
+    where there is no accuracy, in the last evaluated round: the one of which figures are reported.
+    The round of least loss would misjudge methods that overfit, whose accuracy still rises then.
     """
-    best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)["metrics"].get("merged")
-        if found is None:
-            continue
-        last = found["validation"]
-        if last["loss"] is None:
-            continue
-        if best is None or last["loss"]["mean"] < best["loss"]["mean"]:
-            best = last
-    if best is None or last is None or last["loss"] is None:
+        last = json.loads(line)["metrics"].get("merged", last)
+    if last is None or last["validation"]["loss"] is None:
         return None
-    accuracy = best["accuracy"]
-    return float(-best["loss"]["mean"] if accuracy is None else accuracy["mean"])
+    accuracy = last["validation"]["accuracy"]
+    if accuracy is None:
+        return -float(last["validation"]["loss"]["mean"])
+    return float(accuracy["mean"])
 
 
 def _mean(scores: Iterable[float | None]) -> float | None:
