@@ -216,6 +216,11 @@ class Layout:
         delta[..., self.n_params :] = end[..., self.n_params :]
         return delta
 
+    def end(self, start: Tensor, delta: Tensor) -> Tensor:
+        """Return where a client that started from `start` (..., size) and sends `delta` ended."""
+        n = self.n_params
+        return torch.cat([start[..., :n] - delta[..., :n], delta[..., n:]], dim=-1)
+
     def check(self, rows: Tensor) -> None:
         """Raise ModelError unless `rows` is (..., size) of this dtype."""
         if rows.shape[-1] != self.size or rows.dtype != self.dtype:

@@ -42,6 +42,7 @@ from .fedper import FedPer
 from .fedprox import FedProx
 from .fedrep import FedRep
 from .fesem import FeSEM
+from .gathering import Gathering
 from .ifca import IFCA
 from .local_only import LocalOnly
 from .moe import MoE
@@ -159,6 +160,7 @@ __all__ = [
     "FedProx",
     "FedRep",
     "Fold",
+    "Gathering",
     "Local",
     "LocalOnly",
     "MoE",

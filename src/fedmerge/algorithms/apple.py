@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..params import Layout
-from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
+from .base import Cost, Local, Setup, Tensors, Trainer, Updates
+from .gathering import Gathering
 
 FADED = 0.001  # what is left of the pull when it is dropped
 
 
 @dataclass(frozen=True)
-class APPLE(Algorithm):
+class APPLE(Gathering):
     """APPLE. In a client's weights its own core is number 0; the others follow as they joined.
 
     Attributes:
@@ -79,8 +80,7 @@ class APPLE(Algorithm):
         return {"models": setup.initial(0).repeat(self.clients or 1, 1)}
 
     def rows(self, setup: Setup, k: int) -> Tensors:
-        place = torch.zeros(k, dtype=torch.int64)
-        return {"place": place, "rounds": place[:, None].clone()}
+        return {"rounds": torch.zeros(k, 1, dtype=torch.int64), **super().rows(setup, k)}
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         if self.clients is None:
@@ -156,24 +156,13 @@ class APPLE(Algorithm):
         delta = setup.layout.update(message[:, 0], own)
         return Local(delta, count, kept, self._sum(setup, cores, weights))
 
-    def fold(
-        self,
-        setup: Setup,
-        shared: Tensors,
-        rows: Tensors,
-        updates: Updates,
-        fold: Fold,
-        version: int,
-    ) -> None:
-        fold.parts.append(rows | {"delta": updates.delta})
+    def gather(self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates) -> Tensors:
+        return {"delta": updates.delta, "rounds": rows["rounds"]}
 
-    def commit(
-        self, setup: Setup, shared: Tensors, fold: Fold, version: int
+    def renew(
+        self, setup: Setup, shared: Tensors, seen: Tensors, version: int
     ) -> tuple[Tensors, Tensors]:
-        if not fold.parts:
-            return shared, {}
-        n, place, delta = setup.layout.n_params, fold.gathered("place"), fold.gathered("delta")
+        place = seen["place"]
         models = self._grown(setup, shared["models"], place)
-        moved = torch.cat([models[place, :n] - delta[:, :n], delta[:, n:]], dim=1)
-        rounds = fold.gathered("rounds") + 1
-        return {"models": models.index_copy(0, place, moved)}, {"rounds": rounds}
+        moved = models.index_copy(0, place, setup.layout.end(models[place], seen["delta"]))
+        return {"models": moved}, {"rounds": seen["rounds"] + 1}

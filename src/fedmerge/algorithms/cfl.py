@@ -22,11 +22,12 @@ from torch.nn import functional
 
 from ..merging import ModelSum
 from ..params import Layout
-from .base import Algorithm, Cost, Fold, Setup, Tensors, Updates
+from .base import Cost, Setup, Tensors, Updates
+from .gathering import Gathering
 
 
 @dataclass(frozen=True)
-class CFL(Algorithm):
+class CFL(Gathering):
     """CFL.
 
     Attributes:
@@ -64,31 +65,19 @@ class CFL(Algorithm):
         }
 
     def rows(self, setup: Setup, k: int) -> Tensors:
-        return {name: torch.zeros(k, dtype=torch.int64) for name in ("node", "place")}
+        return {"node": torch.zeros(k, dtype=torch.int64), **super().rows(setup, k)}
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
         return shared["models"][rows["node"]][:, None]
 
-    def fold(
-        self,
-        setup: Setup,
-        shared: Tensors,
-        rows: Tensors,
-        updates: Updates,
-        fold: Fold,
-        version: int,
-    ) -> None:
+    def gather(self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates) -> Tensors:
         n = updates.n_examples.double()
-        fold.parts.append({"delta": updates.delta, "n": n, **rows})
+        return {"delta": updates.delta, "n": n, "node": rows["node"]}
 
-    def commit(
-        self, setup: Setup, shared: Tensors, fold: Fold, version: int
+    def renew(
+        self, setup: Setup, shared: Tensors, seen: Tensors, version: int
     ) -> tuple[Tensors, Tensors]:
-        if not fold.parts:
-            return shared, {}
-        # In the order of joining, so that sums do not depend on who came first.
-        order = fold.gathered("place").argsort()
-        delta, n, node = (fold.gathered(name)[order] for name in ("delta", "n", "node"))
+        delta, n, node = seen["delta"], seen["n"], seen["node"]
         moves = delta[:, : setup.layout.n_params].double()
         tree, size = dict(shared), setup.layout.n_params
         if version == 0:
@@ -112,7 +101,7 @@ class CFL(Algorithm):
         share = functional.one_hot(node, len(tree["models"])).double() * (n * ~inner)[:, None]
         total.add(share[:, None], delta)
         tree["models"] = total.step(tree["models"])
-        return tree, {"node": node[order.argsort()]}
+        return tree, {"node": node}
 
     def _parts(self, moves: Tensor, n: Tensor, first: Tensor) -> bool:
         """Whether the clients of a cluster, with these updates (k, n_params), are to be parted."""

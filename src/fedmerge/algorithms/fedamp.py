@@ -24,11 +24,12 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..local import Proximal
 from ..params import Layout
-from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
+from .base import Cost, Local, Setup, Tensors, Trainer, Updates
+from .gathering import Gathering
 
 
 @dataclass(frozen=True)
-class FedAMP(Algorithm):
+class FedAMP(Gathering):
     """FedAMP.
 
     Attributes:
@@ -68,7 +69,7 @@ class FedAMP(Algorithm):
         return {}
 
     def rows(self, setup: Setup, k: int) -> Tensors:
-        return {"cloud": setup.initial(0).repeat(k, 1), "place": torch.zeros(k, dtype=torch.int64)}
+        return {"cloud": setup.initial(0).repeat(k, 1), **super().rows(setup, k)}
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         return {"model": setup.initial(0).repeat(k, 1)}
@@ -84,30 +85,16 @@ class FedAMP(Algorithm):
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
         return memory["model"]
 
-    def fold(
-        self,
-        setup: Setup,
-        shared: Tensors,
-        rows: Tensors,
-        updates: Updates,
-        fold: Fold,
-        version: int,
-    ) -> None:
-        n, cloud, delta = setup.layout.n_params, rows["cloud"], updates.delta
-        end = torch.cat([cloud[:, :n] - delta[:, :n], delta[:, n:]], dim=1)
-        fold.parts.append({"end": end, "place": rows["place"]})
+    def gather(self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates) -> Tensors:
+        return {"end": setup.layout.end(rows["cloud"], updates.delta)}
 
-    def commit(
-        self, setup: Setup, shared: Tensors, fold: Fold, version: int
+    def renew(
+        self, setup: Setup, shared: Tensors, seen: Tensors, version: int
     ) -> tuple[Tensors, Tensors]:
-        if not fold.parts:
-            return shared, {}
-        # In the order of joining, so that sums do not depend on who came first.
-        order = fold.gathered("place").argsort()
-        end = fold.gathered("end")[order].double()
+        end = seen["end"].double()
         cloud = self.attended(end[:, : setup.layout.n_params]) @ end
         cloud[:, setup.layout.counters] = end[:, setup.layout.counters]
-        return shared, {"cloud": cloud[order.argsort()].to(setup.layout.dtype)}
+        return shared, {"cloud": cloud.to(setup.layout.dtype)}
 
     def attended(self, models: Tensor) -> Tensor:
         """xi (k, k) for trained models (k, n_params) float64; not negative, rows sum to 1."""

@@ -25,11 +25,12 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..params import Layout
 from ..rng import numpy_generator
-from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
+from .base import Cost, Local, Setup, Tensors, Trainer, Updates
+from .gathering import Gathering
 
 
 @dataclass(frozen=True)
-class FedFomo(Algorithm):
+class FedFomo(Gathering):
     """FedFomo.
 
     Attributes:
@@ -71,9 +72,6 @@ class FedFomo(Algorithm):
             "seen": torch.zeros(0, dtype=torch.bool),
             "round": torch.zeros(1, dtype=torch.int64),
         }
-
-    def rows(self, setup: Setup, k: int) -> Tensors:
-        return {"place": torch.zeros(k, dtype=torch.int64)}
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         return {name: setup.initial(0).repeat(k, 1) for name in ("before", "trained")}
@@ -139,42 +137,31 @@ class FedFomo(Algorithm):
             return False
         return gain.dtype == torch.float64 and bool(gain.isfinite().all())
 
-    def fold(
-        self,
-        setup: Setup,
-        shared: Tensors,
-        rows: Tensors,
-        updates: Updates,
-        fold: Fold,
-        version: int,
-    ) -> None:
-        n = setup.layout.n_params
-        end = torch.cat([-updates.delta[:, :n], updates.delta[:, n:]], dim=1)
-        chosen = self._chosen(setup, shared, rows)
-        part = {"end": end, "chosen": chosen, "gain": updates.extra["gain"]}
-        fold.parts.append({**part, "place": rows["place"]})
+    def gather(self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates) -> Tensors:
+        return {
+            "end": setup.layout.end(torch.zeros_like(updates.delta), updates.delta),
+            "chosen": self._chosen(setup, shared, rows),
+            "gain": updates.extra["gain"],
+        }
 
-    def commit(
-        self, setup: Setup, shared: Tensors, fold: Fold, version: int
+    def renew(
+        self, setup: Setup, shared: Tensors, seen: Tensors, version: int
     ) -> tuple[Tensors, Tensors]:
-        if not fold.parts:
-            return shared, {}
-        place, chosen = fold.gathered("place"), fold.gathered("chosen")
+        place, chosen = seen["place"], seen["chosen"]
         m = max(len(shared["models"]), int(place.max()) + 1)
         models = shared["initial"].repeat(m, 1)
         models[: len(shared["models"])] = shared["models"]
-        models[place] = fold.gathered("end")
+        models[place] = seen["end"]
         affinity = torch.zeros(m, m)
         old = len(shared["affinity"])
         affinity[:old, :old] = shared["affinity"]
         known = chosen >= 0
-        affinity[place[:, None].expand_as(chosen)[known], chosen[known]] += fold.gathered("gain")[
-            known
-        ].float()
-        seen = torch.zeros(m, dtype=torch.bool)
-        seen[:old] = shared["seen"]
-        seen[place] = True
-        made = {"models": models, "affinity": affinity, "seen": seen}
+        gain = seen["gain"][known].float()
+        affinity[place[:, None].expand_as(chosen)[known], chosen[known]] += gain
+        met = torch.zeros(m, dtype=torch.bool)
+        met[:old] = shared["seen"]
+        met[place] = True
+        made = {"models": models, "affinity": affinity, "seen": met}
         return {**shared, **made, "round": shared["round"] + 1}, {}
 
 

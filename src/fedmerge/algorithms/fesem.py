@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from ..params import Layout
-from .base import Algorithm, Cost, Fold, Setup, Tensors, Updates
+from .base import Cost, Setup, Tensors, Updates
+from .gathering import Gathering
 from .kmeans import k_means
 
 
 @dataclass(frozen=True)
-class FeSEM(Algorithm):
+class FeSEM(Gathering):
     """FeSEM.
 
     Attributes:
@@ -59,36 +60,18 @@ class FeSEM(Algorithm):
         return {"models": setup.initial(0).repeat((self.d or 4) + 1, 1)}
 
     def rows(self, setup: Setup, k: int) -> Tensors:
-        return {
-            "centre": torch.full((k,), -1, dtype=torch.int64),
-            "place": torch.zeros(k, dtype=torch.int64),
-        }
+        return {"centre": torch.full((k,), -1, dtype=torch.int64), **super().rows(setup, k)}
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
         return shared["models"][rows["centre"]][:, None]
 
-    def fold(
-        self,
-        setup: Setup,
-        shared: Tensors,
-        rows: Tensors,
-        updates: Updates,
-        fold: Fold,
-        version: int,
-    ) -> None:
-        n, delta = setup.layout.n_params, updates.delta
-        start = shared["models"][rows["centre"]]
-        end = torch.cat([start[:, :n] - delta[:, :n], delta[:, n:]], dim=1)
-        fold.parts.append({"end": end, "place": rows["place"]})
+    def gather(self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates) -> Tensors:
+        return {"end": setup.layout.end(shared["models"][rows["centre"]], updates.delta)}
 
-    def commit(
-        self, setup: Setup, shared: Tensors, fold: Fold, version: int
+    def renew(
+        self, setup: Setup, shared: Tensors, seen: Tensors, version: int
     ) -> tuple[Tensors, Tensors]:
-        if not fold.parts:
-            return shared, {}
-        # In the order of joining, so that sums do not depend on who came first.
-        order = fold.gathered("place").argsort()
-        end, models = fold.gathered("end")[order], shared["models"]
+        end, models = seen["end"], shared["models"]
         d, weights = len(models) - 1, end[:, : setup.layout.n_params]
         if version + 1 < self.warm:
             centre = torch.full((len(end),), -1)
@@ -105,4 +88,4 @@ class FeSEM(Algorithm):
         # Centres that nobody has used start out from the mean of all.
         idle = mean[d:] if version + 1 <= self.warm else models.double()
         models = torch.where(count > 0, mean, idle).to(models.dtype)
-        return {**shared, "models": models}, {"centre": centre[order.argsort()]}
+        return {**shared, "models": models}, {"centre": centre}
