@@ -186,7 +186,9 @@ def compare(
     ] = True,
     tuning_seeds: Annotated[
         str | None,
-        typer.Option(metavar="1000", help="seeds to tune on, none of them reported (default 1000)"),
+        typer.Option(
+            metavar="1000", help="seeds to tune on, none of them reported (default from 1000 on)"
+        ),
     ] = None,
     workers: Annotated[
         int | None,

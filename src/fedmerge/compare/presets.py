@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
@@ -28,6 +29,7 @@ class Preset:
             those of `settings` that fit it: clients of its own, or clients that are made.
         settings, methods, seeds: as the options of `fedmerge compare`.
         trials: points that tuning tries beside each method's defaults; 0 for no tuning.
+        tuned_on: seeds that each point is tried with, none of them reported.
         shared: settings of a run for all data.
     """
 
@@ -36,6 +38,7 @@ class Preset:
     methods: str
     seeds: str
     trials: int = 0
+    tuned_on: int = 1
     shared: Sizes = field(default_factory=dict)
 
 
@@ -59,6 +62,7 @@ PRESETS: Mapping[str, Preset] = {
         methods="all,fedmerge:rule=paper",
         seeds="0-4",
         trials=2,
+        tuned_on=2,  # with one, chance decides between points that are nearly as good
         shared={"evaluate_every": 5},
     ),
     # Chen et al., AAAI 2026: cluster-wise and client-wise labels, 50 clients, all in every round,
@@ -178,7 +182,7 @@ def make_protocol(
         parse_names("--methods", methods or base.methods, names.methods),
         reported,
         points,
-        _tuning_seeds(reported, tuning_seeds) if points else (),
+        _tuning_seeds(reported, tuning_seeds, base.tuned_on) if points else (),
     )
 
 
@@ -213,12 +217,9 @@ def _points(default: int, trials: int | None, seeds: str | None, tuning: bool) -
     return points
 
 
-def _tuning_seeds(reported: tuple[int, ...], text: str | None) -> tuple[int, ...]:
+def _tuning_seeds(reported: tuple[int, ...], text: str | None, n: int) -> tuple[int, ...]:
     if text is None:
-        seed = FIRST_TUNING_SEED
-        while seed in reported:
-            seed += 1
-        return (seed,)
+        return tuple(islice((s for s in count(FIRST_TUNING_SEED) if s not in reported), n))
     seeds = parse_seeds(text, "--tuning-seeds")
     both = [seed for seed in seeds if seed in reported]
     if both:
