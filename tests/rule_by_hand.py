@@ -34,6 +34,8 @@ class RuleByHand:
     past: dict[str, Row] = field(default_factory=dict)  # updates so far (P,), of later ones less
     seen_past: dict[str, Row] = field(default_factory=dict)  # the same before this round
     plain: float = 0.0
+    far: float = 0.0
+    peak: float = 0.0
     kinds: list[tuple[list[str], list[int]]] = field(
         default_factory=list
     )  # members, homes by block
@@ -138,7 +140,7 @@ class RuleByHand:
         if max(near) <= 0:
             return row
         start = self.weights[i] if len(self.seen[i]) >= 5 else row
-        share = self.settle * self.plain
+        share = self.settle * self.far
         made = (1 - share) * start
         for b, model in enumerate(self.kinds[int(np.argmax(near))][1]):
             made[b, model] += share
@@ -147,7 +149,7 @@ class RuleByHand:
     def _tell_kinds(self) -> None:
         """Who is of one kind, and where it is at home, from all clients' updates so far."""
         self.seen_past = dict(self.past)
-        self.plain, self.kinds = 0.0, []
+        self.far, self.kinds = 0.0, []
         names = list(self.past)
         if len(names) < 5:
             return
@@ -161,6 +163,14 @@ class RuleByHand:
             alike[i, k] = alike[k, i] = np.corrcoef(cosine[i, others], cosine[k, others])[0, 1]
         positive = np.maximum(alike, 0)
         self.plain = max(0.0, 1 - (positive * (1 - positive)).sum() / positive.sum() / 0.25)
+        last = np.stack([self.last[i][0] for i in names])
+        last = last - last.mean(0)
+        last = last / np.linalg.norm(last, axis=1, keepdims=True)
+        common = (positive**2 * (last @ last.T)).sum() / (positive**2).sum()
+        self.peak = max(self.peak, common)
+        far = self.plain
+        if self.round >= 12:
+            far = max(far, (common / self.peak - 0.75) / 0.25)
         groups = [[i] for i in range(len(names))]
         while len(groups) > 1:
             mean, one, other = max(
@@ -171,7 +181,8 @@ class RuleByHand:
             groups = [g for g in groups if g not in (one, other)] + [one + other]
         groups = [g for g in groups if len(g) > 1]
         d = len(self.models)
-        if self.plain and 1 < len(groups) <= d:
+        if far and 1 < len(groups) <= d:
+            self.far = far
             rows = [np.mean([self.weights[names[i]] for i in g], axis=0) for g in groups]
             best = [
                 max(

@@ -1,4 +1,4 @@
-"""Plain kinds of clients: told from their updates, and where their rows go; by hand in numpy."""
+"""Kinds of clients: told from their updates, and where their rows go; by hand in numpy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from core_fixture import made_delta, make_updates, net, normal
 from fedmerge import ConfigError, FedMerge, Soup
 from fedmerge.kinds import (
     FEWEST,
+    LASTING,
     SETTLING,
     directions,
     grouped,
     homes,
+    in_common,
+    lasting,
     likenesses,
     plainness,
     settled,
@@ -34,8 +37,9 @@ def pasts(kinds: list[int], noise: float = 0.1, seed: int = 0) -> Tensor:
 
 
 def table(kinds: list[int], logits: Tensor, seed: int = 0) -> Peers:
-    made = {"place": torch.arange(len(kinds)), "past": pasts(kinds, seed=seed), "logits": logits}
-    made["home"] = homes(made)[1]
+    past = pasts(kinds, seed=seed)
+    made = {"place": torch.arange(len(kinds)), "past": past, "sketch": past, "logits": logits}
+    made["home"] = homes(made, 0, 0.0)[2]
     return made
 
 
@@ -88,8 +92,9 @@ def test_each_kind_has_homes_of_its_own_where_its_rows_weigh_most() -> None:
     logits[1::2, 0, 1] = 1.0
     logits[::2, 1, 1] = 1.0
     logits[1::2, 1, 0] = 1.0
-    plain, found = homes({"past": pasts(kinds, seed=9), "logits": logits})
-    assert plain > 0
+    past = pasts(kinds, seed=9)
+    far, _, found = homes({"past": past, "sketch": past, "logits": logits}, 0, 0.0)
+    assert far == plainness(likenesses(past)) > 0
     assert found.tolist() == [[2, 1], [1, 0]] * 3 + [[-1, -1]]
 
 
@@ -105,9 +110,57 @@ def test_each_kind_has_homes_of_its_own_where_its_rows_weigh_most() -> None:
 def test_nobody_has_a_home_where_kinds_are_not_told(kinds: list[int], d: int) -> None:
     assert len(kinds) >= FEWEST or len(kinds) == 4
     # With this seed four clients would pass for two kinds.
-    plain, found = homes({"past": pasts(kinds, seed=9), "logits": rows(kinds, d)})
-    assert plain == 0
+    past = pasts(kinds, seed=9)
+    far, _, found = homes({"past": past, "sketch": past, "logits": rows(kinds, d)}, 0, 0.0)
+    assert far == 0
     assert bool((found == -1).all())
+
+
+def cube(noise: float, seed: int) -> Tensor:
+    """(24, 2, 6): of three clients of each of 8 kinds that are on or off in three factors."""
+    factors = torch.tensor([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
+    shared = factors.repeat_interleave(4, 1).repeat(3, 1).float().view(24, 2, 6)
+    return shared + noise * normal(seed, 24, 2, 6)
+
+
+def test_in_common_is_the_mean_cosine_of_like_clients_last_updates() -> None:
+    alike = likenesses(cube(0.3, 5))
+    last = cube(1.0, 6)
+    flat = last.flatten(1).double().numpy()
+    flat = flat - flat.mean(0)
+    total = weight = 0.0
+    for i in range(24):
+        for k in range(24):
+            w = max(0.0, float(alike[i, k])) ** 2
+            cosine = flat[i] @ flat[k] / np.linalg.norm(flat[i]) / np.linalg.norm(flat[k])
+            total, weight = total + w * cosine, weight + w
+    assert in_common(alike, last) == pytest.approx(total / weight)
+    assert in_common(torch.zeros(24, 24, dtype=F64), last) == 0
+
+
+def test_lasting_is_1_at_the_peak_and_0_from_where_it_has_faded() -> None:
+    assert lasting(0.4, 0.4) == 1
+    assert lasting(0.35, 0.4) == pytest.approx(0.5)
+    assert (lasting(0.3, 0.4), lasting(-0.1, 0.4), lasting(0.0, 0.0)) == (0, 0, 0)
+
+
+def test_graded_kinds_settle_late_and_while_like_updates_go_on_pointing_the_same_way() -> None:
+    past, fresh = cube(0.3, 5), cube(0.3, 6)
+    logits = normal(3, 24, 2, 9, dtype=F64)
+    peers = {"past": past, "sketch": fresh, "logits": logits}
+    assert plainness(likenesses(past)) == 0
+    far, peak, found = homes(peers, LASTING - 1, 0.0)
+    assert (far, bool((found == -1).all())) == (0, True)
+    assert peak == in_common(likenesses(past), fresh) > 0.5
+    far, again, found = homes(peers, LASTING, 1.1 * peak)
+    assert (far, again) == (pytest.approx((1 / 1.1 - 0.75) / 0.25), 1.1 * peak)
+    # Three clients of each of 8 kinds, a home of its own for each.
+    assert len(set(map(tuple, found.tolist()))) == 8
+    assert bool((found.view(3, 8, 2) == found[:8]).all())
+    # What is left of it now is noise, each client's own.
+    faded = {**peers, "sketch": normal(8, 24, 2, 6)}
+    far, _, found = homes(faded, LASTING, peak)
+    assert (far, bool((found == -1).all())) == (0, True)
 
 
 def test_a_row_goes_a_share_of_the_way_to_the_home_of_its_kind() -> None:
@@ -154,18 +207,26 @@ def test_the_first_updates_are_remembered_in_full_and_later_ones_less() -> None:
     torch.testing.assert_close(past, 1 + sketch * torch.tensor([1, 1, 0.25])[:, None, None])
 
 
-def play(method: FedMerge, rounds: int = 14, noise: float = 0.1) -> tuple[Soup, RuleByHand]:
-    """Rounds of nine clients of three plain kinds, of which some are away at times."""
+def play(
+    method: FedMerge, rounds: int = 14, noise: float = 0.1, graded: float = 0.0, fades: int = 99
+) -> tuple[Soup, RuleByHand]:
+    """Rounds of nine clients of three kinds, of which some are away at times.
+
+    Two of the kinds share as much as `graded` says; from round `fades` on clients have less and
+    less in common.
+    """
     soup = Soup(method, net(dtype=F64), seed=3)
     hand = RuleByHand(
         soup.shared["models"].numpy().copy(), soup.setup.layout.spans, settle=method.settle
     )
     shared = made_delta(soup, 3, 1)
+    shared[1] += graded * (shared[0] - shared[1])
     for t in range(rounds):
         cohort = [f"c{i}" for i in range(9) if (i + t) % 7]
         sent = soup.send(cohort)
         kinds = [int(c[1:]) % 3 for c in cohort]
-        delta = shared[kinds] + noise * made_delta(soup, len(cohort), 100 + t)
+        common = 0.8 ** max(0, t - fades)
+        delta = common * shared[kinds] + noise * made_delta(soup, len(cohort), 100 + t)
         updates = make_updates(sent, delta)
         assert soup.fold(updates) == []
         soup.commit()
@@ -177,14 +238,20 @@ def play(method: FedMerge, rounds: int = 14, noise: float = 0.1) -> tuple[Soup, 
     return soup, hand
 
 
-def test_rows_of_plain_kinds_settle_as_by_hand() -> None:
-    soup, hand = play(FedMerge(d=4))
+@pytest.mark.parametrize("fades", [99, 6])
+def test_rows_of_kinds_settle_as_by_hand(fades: int) -> None:
+    soup, hand = play(FedMerge(d=4), noise=0.6, graded=0.3, fades=fades)
     assert len(hand.kinds) == 3
-    assert float(soup.shared["plain"]) == pytest.approx(hand.plain, rel=1e-4)
+    # Once what they have in common has faded, they settle as far as they are plain.
+    assert 0.2 < hand.plain < 0.6
+    assert (hand.far > hand.plain) == (fades == 99)
+    assert float(soup.shared["settled"]) == pytest.approx(hand.far, rel=0.02)
+    assert float(soup.shared["peak"]) == pytest.approx(hand.peak, rel=5e-3)
     weights = soup.weights(list(hand.weights))
     assert weights is not None
-    np.testing.assert_allclose(weights, np.stack(list(hand.weights.values())), rtol=1e-4)
-    np.testing.assert_allclose(soup.shared["models"], hand.models, rtol=1e-4, atol=1e-6)
+    # The soup keeps what clients' updates were so far in 8 bits.
+    np.testing.assert_allclose(weights, np.stack(list(hand.weights.values())), rtol=0.01)
+    np.testing.assert_allclose(soup.shared["models"], hand.models, rtol=0.01, atol=1e-3)
     without = play(FedMerge(d=4, settle=0))[0].weights(list(hand.weights))
     assert float((weights - without).abs().max()) > 0.1
 
@@ -192,7 +259,7 @@ def test_rows_of_plain_kinds_settle_as_by_hand() -> None:
 def test_no_row_goes_home_in_the_first_rounds() -> None:
     one, other = (play(FedMerge(d=4, settle=s), SETTLING)[0] for s in (0.0, 1.0))
     assert torch.equal(one.shared["models"], other.shared["models"])
-    assert float(other.shared["plain"]) > 0.5
+    assert float(other.shared["settled"]) > 0.5
 
 
 def test_a_share_above_one_is_refused() -> None:

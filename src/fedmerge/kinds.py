@@ -1,9 +1,11 @@
-"""Whether clients come in plain kinds, and the model that each kind settles on: pure functions.
+"""Whether clients' kinds should settle, and the model that each settles on: pure functions.
 
-Merging pays where what clients share is graded. Where they fall into kinds that share nothing, any
-weight on another kind's models only disturbs, and a kind is best off with models of its own. Here
-it is told which of the two is the case, from what clients' updates have shown so far. Peers are as
-in `peers`, which keeps them.
+Merging pays where what clients share is graded. Where they fall into plain kinds that share
+nothing, any weight on another kind's models only disturbs, and a kind is best off with models of
+its own. So it is, for a time, where like clients' updates go on pointing the same way: what they
+have in common is then not learned from models that all share. Here it is told whether one of the
+two is the case, from what clients' updates have shown so far. Peers are as in `peers`, which keeps
+them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ JOIN = 0.5
 SETTLING = 5
 """Rounds before any row goes home: the first updates of all clients are much alike. A row that has
 taken part as often makes no steps of its own on its way."""
+LASTING = 12
+"""Rounds from which on what like clients have in common should have begun to fade."""
+FADING = 0.75
+"""Share of its peak at which it has."""
 
 
 def likenesses(past: Tensor) -> Tensor:
@@ -68,24 +74,52 @@ def grouped(alike: Tensor) -> Tensor:
     return torch.from_numpy(kinds).long() - 1
 
 
-def homes(peers: Peers) -> tuple[float, Tensor]:
-    """Return how plain the kinds of n peers are, and (n, b) int64: each one's home model by block.
+def in_common(alike: Tensor, sketch: Tensor) -> float:
+    """Return how much the last updates of like clients point the same way.
+
+    The mean cosine of two updates, less the mean update, weighted by the square of the likeness.
+
+    Args:
+        alike: (n, n), the `likenesses`. sketch: (n, ...) of each client's last update.
+    """
+    last = directions(sketch, sketch.double().flatten(1).mean(0))
+    weight = alike.clamp(0, 1).square()
+    return float((weight * (last @ last.T)).sum() / weight.sum().clamp_min(1e-30))
+
+
+def lasting(common: float, peak: float) -> float:
+    """Return from 0 to 1 how little what is `in_common` has faded from its peak so far."""
+    return max(0.0, (common / peak - FADING) / (1 - FADING)) if peak > 0 else 0.0
+
+
+def homes(peers: Peers, rounds: int, peak: float) -> tuple[float, float, Tensor]:
+    """Return how far kinds should settle, from 0 to 1, the peak so far, and each peer's home model.
 
     Kinds have different homes, those that their rows weigh most on the whole. -1 for all where
-    kinds are not plain or more than the models, and for a client that is like no other.
+    kinds should not settle or are more than the models, and for a client that is like no other.
+
+    Args:
+        peers: n of them. rounds: that are done. peak: largest value of `in_common` before.
+
+    Returns:
+        Two numbers and (n, b) int64, the homes by block.
     """
     n, b, d = peers["logits"].shape
     nowhere = torch.full((n, b), -1)
-    plain = 0.0
-    if n >= FEWEST:
-        alike = likenesses(peers["past"])
-        plain = plainness(alike)
-    if not plain:
-        return 0.0, nowhere
+    if n < FEWEST:
+        return 0.0, peak, nowhere
+    alike = likenesses(peers["past"])
+    common = in_common(alike, peers["sketch"])
+    peak = max(peak, common)
+    far = plainness(alike)
+    if rounds >= LASTING:
+        far = max(far, lasting(common, peak))
+    if not far:
+        return 0.0, peak, nowhere
     kinds = grouped(alike)
     several = [k for k, count in enumerate(torch.bincount(kinds).tolist()) if count > 1]
     if not 1 < len(several) <= d:
-        return 0.0, nowhere
+        return 0.0, peak, nowhere
     from scipy.optimize import linear_sum_assignment
 
     weights = torch.softmax(peers["logits"], -1)
@@ -94,7 +128,7 @@ def homes(peers: Peers) -> tuple[float, Tensor]:
         _, models = linear_sum_assignment(-mean[:, block].numpy())
         for k, model in zip(several, models.tolist(), strict=True):
             nowhere[kinds == k, block] = model
-    return plain, nowhere
+    return far, peak, nowhere
 
 
 def settled(

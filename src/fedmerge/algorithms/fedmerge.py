@@ -2,7 +2,8 @@
 
 The default rule: rows move by an exponentiated-gradient step per block of layers, judged with the
 client's own past contributions taken out of the models, and with the steps of clients whose updates
-resemble theirs; where clients come in plain kinds, the rows of a kind settle on models of its own.
+resemble theirs; where kinds of clients are plain, or go on learning the same, the rows of a kind
+settle on models of its own.
 The setting is that of Chen, Zhou, Long, Jiang and Zhang, "FedMerge", AAAI 2026; the published rule
 is in `fedmerge_paper`.
 """
@@ -37,8 +38,10 @@ MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
 PEERS = "peers."
 """How their tables are called in the shared state."""
-PLAIN = "plain"
-"""How plain their kinds are, there: () float64 from 0 to 1."""
+SETTLED = "settled"
+"""How far kinds should settle, there: () float64 from 0 to 1."""
+PEAK = "peak"
+"""Most that the updates of like clients have had in common in a round, there: () float64."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class FedMerge(Algorithm):
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
             0 for rows that learn from nobody else.
         pull: how much, in steps of a peer whose update is the same.
-        settle: how far rows go home in a round where kinds are as plain as can be; 0 for never.
+        settle: how far rows go home in a round, at most; 0 for never.
     """
 
     name: ClassVar[str] = "fedmerge"
@@ -104,7 +107,7 @@ class FedMerge(Algorithm):
         if not self.peers:
             return {"models": models}
         known = no_peers(len(setup.layout.blocks), d, self.sketch)
-        return {"models": models, **_named(known, 0.0)}
+        return {"models": models, **_named(known, 0.0, 0.0)}
 
     def rows(self, setup: Setup, k: int) -> Tensors:
         b, d = len(setup.layout.blocks), self.d or 12
@@ -188,7 +191,7 @@ class FedMerge(Algorithm):
         if not len(known["place"]):
             return logits
         logits = drawn(logits, likeness(part["sketch"], place, known), known, self.pull)
-        share = self.settle * float(shared[PLAIN])
+        share = self.settle * float(shared[SETTLED])
         if not share or version < SETTLING:
             return logits
         # What leads astray once a kind has learned what it shares is a late step's noise: rows that
@@ -221,14 +224,17 @@ class FedMerge(Algorithm):
             seen["logits"] = centred(rows["logits"])
             seen["home"] = torch.full(rows["logits"].shape[:2], -1)
             known = renewed(_peers(shared), seen, self.peers)
-            plain, known["home"] = homes(known) if self.settle else (0.0, known["home"])
-            made |= _named(known, plain)
+            far, peak = 0.0, 0.0
+            if self.settle:
+                far, peak, known["home"] = homes(known, version + 1, float(shared[PEAK]))
+            made |= _named(known, far, peak)
         return made, rows
 
 
-def _named(known: Peers, plain: float) -> Tensors:
+def _named(known: Peers, far: float, peak: float) -> Tensors:
     tables = {f"{PEERS}{name}": table for name, table in known.items()}
-    return {**tables, PLAIN: torch.tensor(plain, dtype=torch.float64)}
+    numbers = {SETTLED: far, PEAK: peak}
+    return tables | {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
 
 
 def _peers(shared: Tensors) -> Peers:
