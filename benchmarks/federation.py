@@ -13,13 +13,13 @@ import contextlib
 import json
 import statistics
 import sys
-import threading
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
 
 from fedmerge.deploy.local import LocalFederation
+
+from .watch import Watch
 
 HOSPITALS = Path(__file__).parents[1] / "examples" / "hospitals"
 NAMES = ("Cleveland", "Hungary", "Switzerland", "VA Long Beach")
@@ -94,28 +94,21 @@ def write_empty_app(folder: Path) -> None:
     (folder / "empty" / "client.py").write_text(CLIENT)
 
 
-class Commits:
+class Commits(Watch):
     """Watches when rounds are committed: all that a server does counts, not only what it logs."""
 
+    interval = 0.05
+
     def __init__(self, status: Path) -> None:
+        super().__init__()
         self._status = status
         self._times: dict[int, float] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.05):
-            with contextlib.suppress(OSError):
-                number = json.loads(self._status.read_text())["round"]
-                self._times.setdefault(number, time.monotonic())
+    def look(self) -> None:
+        """See `Watch`."""
+        with contextlib.suppress(OSError):
+            number = json.loads(self._status.read_text())["round"]
+            self._times.setdefault(number, time.monotonic())
 
     def seconds(self) -> list[float]:
         """From each commit to the next, the first to the second first."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import threading
 from pathlib import Path
-from typing import Self
 
 from fedmerge.deploy.create import create_app
 from fedmerge.deploy.local import LocalFederation
+
+from .watch import Watch
 
 INPUTS = 1000
 MODEL = """
@@ -48,28 +48,19 @@ def peak_of(pid: int) -> float:
     return 0.0
 
 
-class Peaks:
+class Peaks(Watch):
     """Peaks of a federation's ServerApp and SuperLink, in MiB, while it is entered."""
 
     def __init__(self, federation: LocalFederation) -> None:
+        super().__init__()
         self._federation = federation
         self.server = self.link = 0.0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.5):
-            servers = self._federation.descendants("flwr-serverapp")
-            self.server = max([self.server, *map(peak_of, servers)])
-            self.link = max(self.link, peak_of(self._federation.pid("superlink")))
+    def look(self) -> None:
+        """See `Watch`."""
+        servers = self._federation.descendants("flwr-serverapp")
+        self.server = max([self.server, *map(peak_of, servers)])
+        self.link = max(self.link, peak_of(self._federation.pid("superlink")))
 
 
 def measure(out: Path, n: int, numbers: int, rounds: int, in_flight: int) -> Peaks:
