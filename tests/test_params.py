@@ -230,6 +230,9 @@ def test_an_update_is_a_difference_of_parameters_and_the_values_of_buffers() -> 
     assert torch.equal(update[:, n:], end[:, n:])
     assert torch.equal(start, kept[0])
     assert torch.equal(end, kept[1])
+    back = layout.end(start, update)
+    torch.testing.assert_close(back, end)
+    assert torch.equal(back[:, n:], end[:, n:])
 
 
 def test_build_gives_independent_models_and_leaves_the_random_state_alone() -> None:
