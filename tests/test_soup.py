@@ -497,12 +497,16 @@ def test_what_is_sent_beside_an_update_is_checked_too(choice: Tensor | None) -> 
     assert set(soup.commit()) == {"a", "b"}
 
 
-def test_a_state_with_other_tables_is_of_another_version_and_changes_nothing() -> None:
+@pytest.mark.parametrize("unit", ["rows.unit", "shared.peak"])
+def test_a_state_with_other_tables_is_of_another_version_and_changes_nothing(unit: str) -> None:
     soup, other = make_soup(), make_soup()
     soup.join(["a"])
     tensors, facts = soup.state()
-    tensors["rows.old"] = tensors.pop("rows.unit")
-    with pytest.raises(StateError, match=r"state was made by another version.* keeps .*old.*unit"):
+    kind, _, name = unit.partition(".")
+    tensors[f"{kind}.old"] = tensors.pop(unit)
+    with pytest.raises(
+        StateError, match=rf"state was made by another version.* keeps .*old.*{name}"
+    ):
         other.restore(tensors, facts, "state")
     assert other.clients == ()
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -417,14 +417,10 @@ class Soup:
                     "use another folder, or the settings it was made with"
                 )
         tables = {n: t.clone() for n, t in _part(tensors, "rows.").items()}
-        wanted = self._roster.tables.keys()
-        if facts["clients"] and tables.keys() != wanted:
-            raise StateError(
-                f"{where} was made by another version of fedmerge: it keeps "
-                f"{', '.join(sorted(tables))} for a client, wanted {', '.join(sorted(wanted))}; "
-                "use that version, or another folder"
-            )
         shared = _part(tensors, "shared.")
+        if facts["clients"]:
+            _check_names(where, "for a client", tables, self._roster.tables)
+        _check_names(where, "in all", {*shared, *facts["files"]}, self.shared)
         if "models" in facts["files"]:
             shared["models"] = self.storage.open(facts["files"]["models"], where)
         elif self.storage.folder is not None:
@@ -457,6 +453,15 @@ class Soup:
             "seed": self.setup.seed,
             "storage": self.storage.kept,
         }
+
+
+def _check_names(where: str, what: str, found: Collection[str], wanted: Collection[str]) -> None:
+    if set(found) != set(wanted):
+        raise StateError(
+            f"{where} was made by another version of fedmerge: it keeps "
+            f"{', '.join(sorted(found))} {what}, wanted {', '.join(sorted(wanted))}; "
+            "use that version, or another folder"
+        )
 
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:
