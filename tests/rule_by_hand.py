@@ -1,6 +1,7 @@
 """The default rule, written literally and slowly from its formulas, in numpy and client by client.
 
-It keeps what every client ever put into every model, in full, where the library keeps a sketch.
+It keeps what every client ever put into every model, in full, where the library keeps a sketch; a
+client's updates so far it keeps in 8 bits for each number of a block, as the library does.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class RuleByHand:
     seen: dict[str, list[int]] = field(default_factory=dict)
     last: dict[str, tuple[Row, Row]] = field(default_factory=dict)  # update (P,), own step (b, d)
     past: dict[str, Row] = field(default_factory=dict)  # updates so far (P,), of later ones less
+    kept: dict[str, Row] = field(default_factory=dict)  # the same, as it is kept till the next
     seen_past: dict[str, Row] = field(default_factory=dict)  # the same before this round
     plain: float = 0.0
     far: float = 0.0
@@ -61,7 +63,7 @@ class RuleByHand:
         for i in delta:
             self.join(i)
             weight = min(1, 10 / (len(self.seen[i]) + 1)) ** 2
-            self.past[i] = self.past.get(i, 0) + weight * delta[i]
+            self.past[i] = self.kept.get(i, 0) + weight * delta[i]
         drawn = {i: self._drawn(i, stepped[i], delta[i]) for i in delta}
         new = {i: self._settled(i, drawn[i]) for i in delta}
         before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}
@@ -76,8 +78,16 @@ class RuleByHand:
             self.last[i] = (delta[i], np.log(stepped[i]) - before[i])
             self.weights[i] = new[i]
             self.seen[i].append(self.round)
+            self.kept[i] = self._in_8_bits(self.past[i])
         self.round += 1
         self._tell_kinds()
+
+    def _in_8_bits(self, row: Row) -> Row:
+        made = row.copy()
+        for start, stop in self.spans:
+            unit = np.abs(row[start:stop]).max() / 127
+            made[start:stop] = np.round(row[start:stop] / unit) * unit
+        return made
 
     def _row(self, i: str, delta: Row, length: float) -> Row:
         self.join(i)
