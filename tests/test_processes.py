@@ -5,6 +5,7 @@ What the methods compute is tested elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -174,7 +175,7 @@ class Hurt(FedAvg):
     """FedAvg whose clients do harm in a worker process, as told by a folder of flags.
 
     Attributes:
-        folder: `kill` there: number of workers to kill; `raise`: name of the error to raise.
+        folder: each `kill...` there is one worker's end; `raise`: name of the error to raise.
     """
 
     name: ClassVar[str] = "hurt"
@@ -183,14 +184,26 @@ class Hurt(FedAvg):
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         flags = Path(self.folder)
         if current_process().daemon and setup.seed == 0:
-            left = int((flags / "kill").read_text() or 0) if (flags / "kill").exists() else 0
             # Not the group of the largest clients, so that others are on their way.
-            if left and int(trainer.n_examples.max()) < 13:
-                (flags / "kill").write_text(str(left - 1))
+            if int(trainer.n_examples.max()) < 13 and claimed(flags, "kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if (flags / "raise").exists():
                 raise ERRORS[(flags / "raise").read_text()]
         return super().local(setup, message, memory, trainer)
+
+
+def put(folder: Path, name: str, count: int) -> None:
+    for i in range(count):
+        (folder / f"{name}{i}").touch()
+
+
+def claimed(folder: Path, name: str) -> bool:
+    """Take one of the flags away: only one of several processes that see it can."""
+    for flag in folder.glob(f"{name}*"):
+        with contextlib.suppress(FileNotFoundError):
+            flag.unlink()
+            return True
+    return False
 
 
 class LocalError(Exception):
@@ -216,10 +229,10 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(tmp_path: Path) -> None
     next(rounds)
     before = workers_of(made)
     # One while it works, and one that has nothing to do.
-    (tmp_path / "kill").write_text("1")
+    put(tmp_path, "kill", 1)
     os.kill(before[0], signal.SIGKILL)
     next(rounds)
-    assert (tmp_path / "kill").read_text() == "0"
+    assert not list(tmp_path.glob("kill*"))
     after = workers_of(made)
     assert len(after) == 2
     assert len(set(after) - set(before)) == 2
@@ -240,7 +253,7 @@ def test_it_gives_up_after_three_kills_and_the_checkpoint_goes_on(tmp_path: Path
     made = distributed(Hurt(folder=str(flags)), 1, checkpoint=folder)
     rounds = made.rounds()
     next(rounds)
-    (flags / "kill").write_text("3")
+    put(flags, "kill", 3)
     with pytest.raises(StateError) as caught:
         next(rounds)
     text = str(caught.value)
