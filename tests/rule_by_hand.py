@@ -180,7 +180,10 @@ class RuleByHand:
         self.peak = max(self.peak, common)
         far = self.plain
         if self.round >= 12:
-            far = max(far, (common / self.peak - 0.75) / 0.25)
+            left = (common / self.peak - 0.75) / 0.25
+            far = max(far, left)
+            if left <= 0:
+                self.peak = np.inf  # for good
         groups = [[i] for i in range(len(names))]
         while len(groups) > 1:
             mean, one, other = max(

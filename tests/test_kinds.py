@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +163,20 @@ def test_graded_kinds_settle_late_and_while_like_updates_go_on_pointing_the_same
     faded = {**peers, "sketch": normal(8, 24, 2, 6)}
     far, _, found = homes(faded, LASTING, peak)
     assert (far, bool((found == -1).all())) == (0, True)
+
+
+def test_what_has_faded_does_not_come_back() -> None:
+    """Beside a single wild update, which moves the mean, all others' point the same way."""
+    past, late = cube(0.3, 5), 0.01 * normal(8, 24, 2, 6)
+    peers = {"past": past, "sketch": late, "logits": normal(3, 24, 2, 9, dtype=F64)}
+    _, peak, _ = homes(peers, LASTING, 0.5)
+    assert peak == math.inf
+    late[7] = 5.0
+    assert in_common(likenesses(past), late) > 0.8
+    far, peak, found = homes(peers, LASTING + 9, peak)
+    assert (far, peak, bool((found == -1).all())) == (0, math.inf, True)
+    # Not before it is to have faded: then there is nothing that it could tell.
+    assert homes({**peers, "sketch": normal(8, 24, 2, 6)}, LASTING - 1, 0.5)[1] == 0.5
 
 
 def test_a_row_goes_a_share_of_the_way_to_the_home_of_its_kind() -> None:

@@ -10,6 +10,8 @@ them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,11 @@ def in_common(alike: Tensor, sketch: Tensor) -> float:
 
 
 def lasting(common: float, peak: float) -> float:
-    """Return from 0 to 1 how little what is `in_common` has faded from its peak so far."""
+    """Return from 0 to 1 how little what is `in_common` has faded from its peak so far.
+
+    A peak of infinity says that it had faded before: late updates, which are short, can all seem
+    alike beside a single wild one.
+    """
     return max(0.0, (common / peak - FADING) / (1 - FADING)) if peak > 0 else 0.0
 
 
@@ -102,7 +108,8 @@ def homes(peers: Peers, rounds: int, peak: float) -> tuple[float, float, Tensor]
         peers: n of them. rounds: that are done. peak: largest value of `in_common` before.
 
     Returns:
-        Two numbers and (n, b) int64, the homes by block.
+        Two numbers, of which the peak is infinite once `in_common` has faded, and (n, b) int64, the
+        homes by block.
     """
     n, b, d = peers["logits"].shape
     nowhere = torch.full((n, b), -1)
@@ -113,7 +120,9 @@ def homes(peers: Peers, rounds: int, peak: float) -> tuple[float, float, Tensor]
     peak = max(peak, common)
     far = plainness(alike)
     if rounds >= LASTING:
-        far = max(far, lasting(common, peak))
+        lasts = lasting(common, peak)
+        far = max(far, lasts)
+        peak = peak if lasts else math.inf
     if not far:
         return 0.0, peak, nowhere
     kinds = grouped(alike)

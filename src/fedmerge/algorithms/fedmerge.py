@@ -41,7 +41,8 @@ PEERS = "peers."
 SETTLED = "settled"
 """How far kinds should settle, there: () float64 from 0 to 1."""
 PEAK = "peak"
-"""Most that the updates of like clients have had in common in a round, there: () float64."""
+"""Most that the updates of like clients have had in common in a round, there: () float64, infinite
+once that has faded."""
 
 
 @dataclass(frozen=True)
