@@ -349,7 +349,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         "init_noise": 0.5,
         "cap": 0.001,
         "horizon": 1,
-        "leave_one_out": False,
+        "leave_one_out": True,
         "sketch": 2,
         "peers": 0,
         "pull": 2.0,
@@ -395,6 +395,23 @@ def test_every_method_is_in_the_registry_under_its_own_name() -> None:
     for name, (kind, options) in METHODS.items():
         assert make_method(name) == kind(**options)
     assert {make_method(name).name for name in METHODS} <= set(METHODS)
+
+
+def test_nothing_is_left_out_where_each_client_may_have_a_model_of_its_own() -> None:
+    setup = simulate("fedmerge", make_clients(6), training=TRAINING).soup.setup
+    for text, n, d, left_out in (
+        ("fedmerge", 12, 12, False),
+        ("fedmerge", 13, 12, True),
+        ("fedmerge:d=4", 5, 4, True),
+        ("fedmerge:leave_one_out=true", 4, 4, True),
+        ("fedmerge:leave_one_out=false", 40, 12, False),
+    ):
+        method = make_method(text).resolve(n)
+        assert isinstance(method, FedMerge)
+        assert (method.d, method.leave_one_out) == (d, left_out)
+        assert ("own" in method.rows(setup, 1)) == left_out
+    # A server that does not know how many there will be.
+    assert "own" in FedMerge().rows(setup, 1)
 
 
 def test_more_models_than_clients_are_refused_by_a_simulation() -> None:

@@ -54,7 +54,8 @@ class FedMerge(Algorithm):
         init_noise: spread of the initial models about one random model, in its standard deviations.
         cap: most that a log-weight moves in a round, in nats.
         horizon: participations after which a client's steps begin to shrink.
-        leave_one_out: judge models without what the client itself put into them.
+        leave_one_out: judge models without what the client itself put into them; None: if there
+            are more clients than models. Else each may have a model of its own, and be right.
         sketch: numbers kept per block, client and model for that; the server keeps
             m * d * b * sketch 16-bit numbers for m clients (and a few of 8 bits for `peers`).
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
@@ -70,7 +71,7 @@ class FedMerge(Algorithm):
     init_noise: float = 0.3
     cap: float = 0.1
     horizon: int = 60
-    leave_one_out: bool = True
+    leave_one_out: bool | None = None
     sketch: int = 256
     peers: int = 256
     pull: float = 20.0
@@ -83,7 +84,15 @@ class FedMerge(Algorithm):
 
     def resolve(self, n_clients: int | None) -> Self:
         made = super().resolve(n_clients)
-        return made if made.d else replace(made, d=min(12, n_clients or 12))
+        d = made.d or min(12, n_clients or 12)
+        out = made.leave_one_out
+        if out is None and n_clients is not None:
+            out = n_clients > d
+        return replace(made, d=d, leave_one_out=out)
+
+    @property
+    def _leaves_out(self) -> bool:
+        return self.leave_one_out is not False
 
     def cost(self, layout: Layout, n_clients: int) -> Cost:
         d = self.d or 12
@@ -91,7 +100,7 @@ class FedMerge(Algorithm):
         sketch = 4 * self.sketch  # bytes
         known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
         own, past = 2 * self.sketch + 4, self.sketch + 4
-        client = b * d * (8 + own * self.leave_one_out) + b * past * bool(self.peers)
+        client = b * d * (8 + own * self._leaves_out) + b * past * bool(self.peers)
         return Cost(server=d + known / layout.n_bytes, server_per_client=client / layout.n_bytes)
 
     def shared(self, setup: Setup) -> Tensors:
@@ -117,7 +126,7 @@ class FedMerge(Algorithm):
             "last": torch.full((k,), -1, dtype=torch.int64),
             "count": torch.zeros(k, dtype=torch.int64),
         }
-        if self.leave_one_out:
+        if self._leaves_out:
             made["own"] = torch.zeros(k, b, d, self.sketch, dtype=torch.int16)
             made["unit"] = torch.zeros(k, b, d)  # of the numbers in `own`
         if self.peers:
@@ -163,10 +172,10 @@ class FedMerge(Algorithm):
             fold.sum = ModelSum.for_layout(setup.layout, len(shared["models"]))
         scores = block_scores(updates.delta, shared["models"], setup.layout.spans)
         part: Tensors = {"count": rows["count"] + 1}
-        if self.leave_one_out or self.peers:
+        if self._leaves_out or self.peers:
             sketch = Sketch.of(setup.layout.spans, self.sketch, setup.seed)
             part["sketch"] = sketch(updates.delta).float()
-        if self.leave_one_out:
+        if self._leaves_out:
             part["own"] = from_units(rows["own"], rows["unit"])
             scores += torch.einsum("kbs,kbds->kbd", part["sketch"].double(), part["own"].double())
         pace = self._pace(rows, version)
@@ -212,7 +221,7 @@ class FedMerge(Algorithm):
             "count": count,
             "last": torch.full_like(count, version),
         }
-        if self.leave_one_out:
+        if self._leaves_out:
             taken = (fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)).float()
             gained = fold.gathered("sketch")[:, :, None]
             own = fold.gathered("own").addcmul_(taken[..., None], gained)
