@@ -113,6 +113,16 @@ def merge_weighted(
     return merged
 
 
+def merge_rows(
+    models: Tensor, weights: Tensor, layout: Layout, out: Tensor | None = None
+) -> Tensor:
+    """As `merge_weighted`, for a layout's rows, whose counters are whole: the largest is taken."""
+    merged = merge_weighted(models, weights, layout.segments, dtype=layout.dtype, out=out)
+    if layout.counters.start < layout.counters.stop:
+        merged[:, layout.counters] = models[:, layout.counters].amax(0).to(merged.dtype)
+    return merged
+
+
 def _chunks(segments: Segments) -> Iterator[tuple[int, int, int]]:
     """The segments in pieces of so few columns that a piece of all matrices stays in cache."""
     for start, stop, block in segments:

@@ -26,7 +26,7 @@ from ..merging import (
     eg_row_step,
     from_units,
     in_units,
-    merge_weighted,
+    merge_rows,
     merging_weights,
 )
 from ..params import Layout
@@ -139,17 +139,11 @@ class FedMerge(Algorithm):
         return merging_weights(rows["logits"])
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
-        return self._merged(setup, shared, rows, None)
+        return merge_rows(shared["models"], self.weights(setup, rows), setup.layout)[:, None]
 
     def send_into(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor) -> Tensor:
-        return self._merged(setup, shared, rows, out[:, 0])
-
-    def _merged(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor | None) -> Tensor:
-        layout, weights = setup.layout, merging_weights(rows["logits"])
-        models = shared["models"]
-        return merge_weighted(models, weights, layout.segments, dtype=layout.dtype, out=out)[
-            :, None
-        ]
+        weights = self.weights(setup, rows)
+        return merge_rows(shared["models"], weights, setup.layout, out[:, 0])[:, None]
 
     def _pace(self, rows: Tensors, version: int) -> Tensor:
         missed = (version - rows["last"]).clamp(1, MOST_ROUNDS_MISSED)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..local import Proximal
-from ..merging import ModelSum, block_scores, merge_weighted, merging_weights, paper_row_step
+from ..merging import ModelSum, block_scores, merge_rows, merging_weights, paper_row_step
 from ..params import Layout
 from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
 
@@ -60,12 +60,11 @@ class FedMergePaper(Algorithm):
         return merging_weights(rows["logits"])
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
-        weights = merging_weights(rows["logits"])
-        return merge_weighted(shared["models"], weights, dtype=setup.layout.dtype)[:, None]
+        return merge_rows(shared["models"], self.weights(setup, rows), setup.layout)[:, None]
 
     def send_into(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor) -> Tensor:
-        weights, dtype = merging_weights(rows["logits"]), setup.layout.dtype
-        return merge_weighted(shared["models"], weights, dtype=dtype, out=out[:, 0])[:, None]
+        weights = self.weights(setup, rows)
+        return merge_rows(shared["models"], weights, setup.layout, out[:, 0])[:, None]
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         start = message[:, 0]
