@@ -25,7 +25,15 @@ from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, chosen_text, chosen_values, make_cells
 from fedmerge.compare.folder import append_log, write_config, write_result
 from fedmerge.compare.runner import Outcome
-from fedmerge.compare.tuning import Group, Point, Tuning, grid_points, make_groups, score
+from fedmerge.compare.tuning import (
+    Group,
+    Point,
+    Tuning,
+    contenders,
+    grid_points,
+    make_groups,
+    score,
+)
 from fedmerge.config import run_cell
 from fedmerge.errors import ConfigError, StateError
 
@@ -78,7 +86,7 @@ def groups_of(
 ) -> tuple[Group, ...]:
     def configure(data: str, setting: str, method: str, seed: int) -> dict[str, Any]:
         own = {"data": data, "setting": setting, "method": method, "seed": seed}
-        return {**own, "chosen": None, "lr": 0.3}
+        return {**own, "chosen": None, "lr": 0.3, "rounds": 60, "evaluate_every": 5}
 
     methods = ["ditto", "fedavg"][:n]
     cells = make_cells(configure, [("digits", "domain")], methods, [0, 1])
@@ -99,6 +107,9 @@ def test_trials_are_cells_of_a_folder_of_their_own(tmp_path: Path) -> None:
         for seed in (1000, 1001)
     ]
     assert group.trials[0][0].folder(tmp_path) == tmp_path / "tuning" / found[0][0]
+    # A trial is judged by its last round, and evaluated in no other.
+    assert {t.config["evaluate_every"] for trials in group.trials for t in trials} == {60}
+    assert {cell.config["evaluate_every"] for cell in group.cells} == {5}
 
 
 def test_without_tuning_there_are_cells_only(tmp_path: Path) -> None:
@@ -193,6 +204,7 @@ def test_validation_decides_whatever_the_test_split_says(tmp_path: Path) -> None
     assert made == {
         "points": [{}, {"lr": 0.1}, {"lam": 2.0}],
         "scores": [0.6, 0.8, 0.7],
+        "seeds": [1, 1, 1],
         "chosen": {"lr": 0.1},
         "failed": {},
     }
@@ -219,6 +231,119 @@ def test_the_mean_over_tuning_seeds_decides(tmp_path: Path) -> None:
     assert chosen(plan) == [None, None]
     scores = plan.choices()["digits--domain--ditto"].scores
     assert scores == (0.7, pytest.approx(0.65))
+
+
+def raced(
+    tmp_path: Path, figures: Mapping[str | None, Callable[[int], float]], n: int = 12
+) -> tuple[Tuning, list[tuple[str | None, int]], dict[str, Any]]:
+    """Tune with `n` seeds, 0 the first; figures by point and seed. What was tried is returned."""
+    plan = Tuning(groups_of(seeds=tuple(range(1000, 1000 + n))), tmp_path)
+
+    def rounds(cell: Cell) -> list[dict[str, Any]]:
+        if cell.root != "tuning":
+            return [logged(0.5, 1.0)]
+        return [logged(figures[cell.config["chosen"]](cell.config["seed"] - 1000), 1.0)]
+
+    done = play(plan, tmp_path, rounds, most=999)
+    tried = [(c.config["chosen"], c.config["seed"] - 1000) for c in done if c.root == "tuning"]
+    made = json.loads((tmp_path / "tuning" / "digits--domain--ditto.json").read_text())
+    return plan, tried, made
+
+
+def test_a_race_ends_when_all_others_are_beaten(tmp_path: Path) -> None:
+    plan, tried, made = raced(
+        tmp_path,
+        {
+            None: lambda seed: 0.6 + 0.01 * seed,
+            "lr=0.1": lambda seed: 0.8 + 0.01 * seed,  # ahead by the same with every seed
+            "lam=2.0": lambda seed: 0.7 - 0.01 * seed,
+        },
+    )
+    assert len(tried) == 12
+    assert max(seed for _, seed in tried) == 3
+    assert (made["seeds"], made["chosen"]) == ([4, 4, 4], {"lr": 0.1})
+    # 3 x 12 trials and 2 cells at most, of which 24 trials were not needed.
+    assert plan.total == 14
+
+
+def test_points_that_are_open_get_more_seeds_and_those_decide(tmp_path: Path) -> None:
+    late = [0.0, 0.1, -0.05, 0.1, -0.2, -0.2, -0.2, -0.2, 0.0, 0.0, 0.0, 0.0]
+    plan, tried, made = raced(
+        tmp_path,
+        {
+            None: lambda seed: 0.7,
+            "lr=0.1": lambda seed: 0.7 + late[seed],  # ahead in four seeds, not beyond chance
+            "lam=2.0": lambda seed: 0.3,
+        },
+    )
+    # The third is out after four seeds, the second after eight, and all seeds of a point count.
+    assert made["seeds"] == [8, 8, 4]
+    assert made["scores"][1] == pytest.approx(0.7 - 0.65 / 8)
+    assert chosen(plan) == [None, None]
+    assert sorted({seed for point, seed in tried if point == "lam=2.0"}) == [0, 1, 2, 3]
+    again = Tuning(groups_of(seeds=tuple(range(1000, 1012))), tmp_path)
+    assert (again.ready(), again.total, again.done) == ((), 22, 22)
+
+
+def test_a_race_of_equals_takes_all_seeds_and_the_earlier_point(tmp_path: Path) -> None:
+    plan, tried, made = raced(
+        tmp_path,
+        {
+            None: lambda seed: 0.7 + 0.1 * (seed % 2),
+            "lr=0.1": lambda seed: 0.8 - 0.1 * (seed % 2),
+            "lam=2.0": lambda seed: 0.7 + 0.1 * (seed % 2),
+        },
+        n=6,
+    )
+    assert made["seeds"] == [6, 6, 6]
+    assert len(tried) == 18
+    assert chosen(plan) == [None, None]
+
+
+def test_a_point_that_is_out_is_not_chosen_for_its_few_seeds(tmp_path: Path) -> None:
+    _, _, made = raced(
+        tmp_path,
+        {
+            # Good in the first four seeds, bad later; the third is just behind it in those four.
+            None: lambda seed: 0.9 if seed < 4 else 0.2,
+            "lr=0.1": lambda seed: (0.91, 0.86, 0.92, 0.88)[seed] if seed < 4 else 0.3,
+            "lam=2.0": lambda seed: 0.85,
+        },
+    )
+    assert made["seeds"][2] == 4
+    assert made["scores"][2] == pytest.approx(0.85)
+    assert made["chosen"] == {"lr": 0.1}
+
+
+def test_who_is_still_in_a_race() -> None:
+    # t of the second against the first: mean .05, error .0289 / 2 = .0144, so 3.5 of 1.64.
+    first, second = [0.9, 0.8, 0.7, 0.6], [0.85 - 0.03, 0.75 + 0.02, 0.65 - 0.02, 0.55 + 0.03]
+    assert contenders({0: first, 1: second}) == (0,)
+    noisy = [0.95, 0.65, 0.8, 0.4]  # mean .05 behind, error .0645: t = .77
+    assert contenders({0: first, 1: noisy}) == (0, 1)
+    assert contenders({0: noisy, 2: first, 5: [0.9, None, 0.9, 0.9]}) == (0, 2)
+    assert contenders({0: [0.1], 1: [0.9]}) == (0, 1)  # one seed tells nothing
+    assert contenders({0: [0.5, 0.5], 1: [0.6, 0.6], 2: [0.6, 0.6]}) == (1, 2)
+    assert contenders({0: [None, 0.5], 1: [None]}) == ()
+
+
+@pytest.mark.parametrize("most", range(0, 22, 3))
+def test_a_race_that_was_stopped_goes_on_where_it_was(tmp_path: Path, most: int) -> None:
+    def rounds(cell: Cell) -> list[dict[str, Any]]:
+        seed = cell.config["seed"]
+        accuracy = {None: 0.7, "lr=0.1": 0.7 + 0.1 * (-1) ** seed, "lam=2.0": 0.1}
+        return [logged(accuracy[cell.config["chosen"]], 1.0)]
+
+    def plan() -> Tuning:
+        return Tuning(groups_of(seeds=tuple(range(1000, 1008))), tmp_path)
+
+    first = play(plan(), tmp_path, rounds, most)
+    again = plan()
+    assert again.done == most
+    assert again.total - again.done == len(again.unfinished())
+    rest = play(again, tmp_path, rounds)
+    assert len({cell.name for cell in (*first, *rest)}) == len(first) + len(rest) == 22
+    assert again.total == 22
 
 
 def test_a_point_that_diverged_loses(tmp_path: Path) -> None:

@@ -251,7 +251,8 @@ def compare(
             folder.claim_comparison(out, protocol.facts())
             with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
                 for outcome in crew.run(plan.ready(), out, plan.after):
-                    show(outcome.cell)
+                    total = plan.total
+                    show(outcome.cell, total)
                     done += outcome.error is None
                     if outcome.error is not None:
                         failures.append(outcome)

@@ -90,14 +90,16 @@ def rounds_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[RoundL
 
 
 @contextmanager
-def cells_bar(total: int, done: int, quiet: bool, tuned: bool) -> Iterator[Callable[[Cell], None]]:
-    """Show the runs of a comparison; the function given takes each trial or cell that ended."""
+def cells_bar(
+    total: int, done: int, quiet: bool, tuned: bool
+) -> Iterator[Callable[[Cell, int], None]]:
+    """Show the runs of a comparison; the function given takes each that ended and the new total."""
     with _progress("trials and cells" if tuned else "cells", total, quiet) as (bar, task):
         bar.update(task, completed=done)
 
-        def show(cell: Cell) -> None:
+        def show(cell: Cell, total: int) -> None:
             kind = "" if cell.root == RUNS else "trial "
-            bar.update(task, advance=1, note=f"{kind}{cell.name}")
+            bar.update(task, advance=1, total=total, note=f"{kind}{cell.name}")
 
         yield show
 
@@ -110,8 +112,8 @@ def tuning_notes(plan: Tuning, trials: int) -> list[str]:
     moved = sum(bool(choice.values) for choice in made.values())
     notes = [
         f"Tuning tried {trials} points beside the defaults, by validation data of seeds that are "
-        f"not reported, and chose another than the defaults in {moved} of {len(made)} groups "
-        "(method, data and setting)."
+        "not reported, with more seeds where it was open which is best, and chose another than the "
+        f"defaults in {moved} of {len(made)} groups (method, data and setting)."
     ]
     short = plan.short(trials)
     if short:

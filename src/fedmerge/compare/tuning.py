@@ -1,7 +1,9 @@
 """Equal tuning: every method tries the same number of points, judged on validation data only.
 
-It says which runs are to be made and chooses by what they have written; it runs none, and never
-looks at a test split or at a seed that is reported.
+Points race: all are tried on the first few seeds, and those that are not yet beaten beyond chance
+on more, so that seeds are spent where the choice is open (Maron and Moore, 1997; Birattari et al.,
+2002). It says which runs are to be made and chooses by what they have written; it runs none, and
+never looks at a test split or at a seed that is reported.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from scipy.special import stdtr
 
 from ..errors import ConfigError, StateError
 from .cells import TUNED, Cell, chosen_text, group_name, safe
@@ -21,8 +26,14 @@ if TYPE_CHECKING:
     from .runner import Outcome
 
 TUNING = "tuning"
+HEAT = 4
+"""Seeds that a race goes on with at a time."""
+OUT = 0.1
+"""A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
 Point = Mapping[str, object]
 """Values for some options of a method, or for lr and epochs; {} for the defaults."""
+Scores = Sequence[float | None]
+"""Of one point, for each seed that it was tried with; None where it diverged."""
 
 
 def grid_points(method: str, trials: int, n_clients: int | None) -> tuple[Point, ...]:
@@ -61,7 +72,7 @@ class Group:
         name: as the names of its cells begin.
         cells: what is reported, with the method's defaults.
         points: what is tried, the defaults first; the defaults alone without tuning.
-        trials: for each point, its runs, one for each tuning seed.
+        trials: for each point, the runs that it may need, one for each tuning seed.
     """
 
     name: str
@@ -76,8 +87,9 @@ class Choice:
 
     Attributes:
         values: the point; {} for the defaults.
-        scores: of the points, higher is better: mean validation accuracy, or minus the loss where
-            there is no accuracy; None for a point that diverged.
+        scores: of the points, higher is better: validation accuracy, or minus the loss where there
+            is no accuracy, in the mean over the seeds that the point was tried with; None for a
+            point that diverged.
         failed: trials that ended in an error, with its text. Then the defaults are used.
     """
 
@@ -117,7 +129,36 @@ def make_groups(
 
 def _trial(group: str, cell: Cell, point: Point, seed: int) -> Cell:
     name = f"{group}--{safe(chosen_text(point) or 'defaults')}--s{seed}"
-    return Cell(name, {**cell.config, "seed": seed, "track": None}, TUNING).with_chosen(point)
+    # Only the last round is judged, and to evaluate others would take a fifth of the time.
+    own = {"seed": seed, "track": None, "evaluate_every": cell.config["rounds"]}
+    return Cell(name, {**cell.config, **own}, TUNING).with_chosen(point)
+
+
+def contenders(scores: Mapping[int, Scores]) -> tuple[int, ...]:
+    """Return which points may still be the best, by their scores with the same seeds, in order.
+
+    Those that diverged are out, and those that a paired t-test over the seeds puts behind the best
+    mean (`OUT`); with one seed there is no test. If all diverged, none is left.
+    """
+    known = {
+        point: np.array(values, dtype=float)
+        for point, values in scores.items()
+        if all(value is not None for value in values)
+    }
+    if not known:
+        return ()
+    best = max(known, key=lambda point: float(known[point].mean()))
+    return tuple(point for point in known if not _is_behind(known[best] - known[point]))
+
+
+def _is_behind(lead: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
+    """Whether what another leads by, for each seed, is beyond chance."""
+    if len(lead) < 2:
+        return False
+    error = lead.std(ddof=1) / math.sqrt(len(lead))
+    if not error:
+        return bool(lead[0] > 0)
+    return bool(stdtr(len(lead) - 1, -lead.mean() / error) < OUT)
 
 
 class Tuning:
@@ -127,7 +168,7 @@ class Tuning:
     beside one that was run with another.
 
     Attributes:
-        total, done: runs in all, trials and cells, and how many of them were finished before.
+        done: how many runs, trials and cells, were finished before.
 
     Raises:
         StateError: a folder that holds a run with other settings, or a choice among other points.
@@ -138,13 +179,21 @@ class Tuning:
         self._groups = {group.name: group for group in groups}
         self._home = {t.name: g for g in groups for point in g.trials for t in point}
         self._choices: dict[str, Choice] = {}
-        self._open: dict[str, set[str]] = {}  # the trials of a group that have not ended
+        self._open: dict[str, set[str]] = {}  # the trials of a heat that have not ended
+        self._later: dict[str, tuple[Cell, ...]] = {}  # trials that a group may need after those
+        self._ran: dict[str, int] = {}  # how many trials of a group are in this heat and before
+        self._scores: dict[str, float | None] = {}
         self._failed: dict[str, dict[str, str]] = {}
         self._ready: list[Cell] = []
         for group in groups:
             self._begin(group)
-        self.total = len(self._home) + sum(len(group.cells) for group in groups)
         self.done = self.total - len(self.unfinished())
+
+    @property
+    def total(self) -> int:
+        """How many runs there are in all, at most: less whenever a race ends early."""
+        trials = sum(self._ran.values()) + sum(map(len, self._later.values()))
+        return trials + sum(len(group.cells) for group in self._groups.values())
 
     def ready(self) -> tuple[Cell, ...]:
         """Return the runs that are not finished and need wait for nothing."""
@@ -152,8 +201,8 @@ class Tuning:
 
     def unfinished(self) -> tuple[Cell, ...]:
         """Return all runs that are not finished, those that have to wait as well."""
-        waiting = (c for g in self._groups.values() if g.name in self._open for c in g.cells)
-        return (*self._ready, *waiting)
+        waiting = [(*self._later[name], *self._groups[name].cells) for name in self._open]
+        return (*self._ready, *(cell for cells in waiting for cell in cells))
 
     def after(self, outcome: Outcome) -> tuple[Cell, ...]:
         """Return the runs that need not wait any more, now that one has ended so."""
@@ -163,7 +212,7 @@ class Tuning:
         self._open[group.name].discard(outcome.cell.name)
         if outcome.error is not None:
             self._failed.setdefault(group.name, {})[outcome.cell.name] = outcome.error
-        return () if self._open[group.name] else self._choose(group)
+        return () if self._open[group.name] else self._go_on(group)
 
     def cells(self) -> tuple[Cell, ...]:
         """Return all that is reported, in the order asked for, each with its choice if made."""
@@ -197,29 +246,57 @@ class Tuning:
         # Nothing depends yet on defaults that were taken for want of trials: these are run again.
         if choice is not None and (started or not choice.failed):
             self._choices[group.name] = choice
+            trials = [trial for point in group.trials for trial in point]
+            self._ran[group.name] = len(trials) - len(self._unfinished(trials))
             self._ready += self._unfinished(self._cells(group))
             return
-        todo = self._unfinished(cell for trials in group.trials for cell in trials)
-        self._open[group.name] = {cell.name for cell in todo}
-        self._ready += todo if todo else self._choose(group)
+        self._ready += self._go_on(group)
 
-    def _choose(self, group: Group) -> tuple[Cell, ...]:
-        """Settle a group whose trials have all ended; return its cells that are to be run."""
+    def _go_on(self, group: Group) -> tuple[Cell, ...]:
+        """Return the runs of a group that come next: trials of its race, then its cells."""
+        field: tuple[int, ...] = tuple(range(len(group.points)))
+        n_seeds, ran = len(group.trials[0]), 0
+        for first in range(0, n_seeds, HEAT):
+            if len(field) < 2 and first:
+                break
+            last = min(first + HEAT, n_seeds)
+            heat = [trial for point in field for trial in group.trials[point][first:last]]
+            ran += len(heat)
+            self._ran[group.name] = ran
+            self._later[group.name] = tuple(t for p in field for t in group.trials[p][last:])
+            if self._failed.get(group.name):
+                break
+            todo = self._unfinished(heat)
+            if todo:
+                self._open[group.name] = {cell.name for cell in todo}
+                return tuple(todo)
+            field = contenders({p: self._tried(group, p)[:last] for p in field})
+        return self._choose(group, field)
+
+    def _tried(self, group: Group, point: int) -> list[float | None]:
+        """The scores of a point with the seeds that it was tried with."""
+        scores = []
+        for trial in group.trials[point]:
+            if trial.name not in self._scores:
+                if read_result(trial.folder(self._out)) is None:
+                    break
+                self._scores[trial.name] = score(trial.folder(self._out))
+            scores.append(self._scores[trial.name])
+        return scores
+
+    def _choose(self, group: Group, field: Sequence[int]) -> tuple[Cell, ...]:
+        """Settle a group whose race has ended with `field`; return its cells that are to be run."""
         self._open.pop(group.name, None)
+        self._later[group.name] = ()
         failed = self._failed.get(group.name, {})
-        scores = tuple(
-            _mean(score(trial.folder(self._out)) for trial in trials)
-            if not any(trial.name in failed for trial in trials)
-            else None
-            for trials in group.trials
-        )
+        tried = [self._tried(group, point) for point in range(len(group.points))]
+        scores = tuple(map(_mean, tried))
         best = 0
-        if not failed:
+        if field and not failed:
             # Of equals max() takes the first, so the defaults stay unless something is better.
-            ranks = [-math.inf if value is None else value for value in scores]
-            best = ranks.index(max(ranks))
+            best = max(field, key=lambda point: cast(float, scores[point]))
         choice = Choice(group.points[best], scores, failed)
-        _write_choice(self._path(group), group, choice)
+        _write_choice(self._path(group), group, choice, [len(values) for values in tried])
         self._choices[group.name] = choice
         return tuple(self._unfinished(self._cells(group)))
 
@@ -259,15 +336,14 @@ def score(folder: Path) -> float | None:
     return float(accuracy["mean"])
 
 
-def _mean(scores: Iterable[float | None]) -> float | None:
+def _mean(scores: Scores) -> float | None:
     """The mean over tuning seeds; a point that diverged with one of them has none."""
-    known = list(scores)
-    numbers = [value for value in known if value is not None]
-    return math.fsum(numbers) / len(numbers) if len(numbers) == len(known) else None
+    numbers = [value for value in scores if value is not None]
+    return math.fsum(numbers) / len(numbers) if numbers and len(numbers) == len(scores) else None
 
 
-def _write_choice(path: Path, group: Group, choice: Choice) -> None:
-    made = {"points": list(group.points), "scores": list(choice.scores)}
+def _write_choice(path: Path, group: Group, choice: Choice, seeds: Sequence[int]) -> None:
+    made = {"points": list(group.points), "scores": list(choice.scores), "seeds": list(seeds)}
     write_json(path, {**made, "chosen": choice.values, "failed": choice.failed})
 
 
