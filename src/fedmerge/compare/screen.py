@@ -110,10 +110,13 @@ def tuning_notes(plan: Tuning, trials: int) -> list[str]:
     if not trials or not made:
         return []
     moved = sum(bool(choice.values) for choice in made.values())
+    seeds = [n for choice in made.values() for n in choice.seeds]
+    least, most = min(seeds), max(seeds)
     notes = [
-        f"Tuning tried {trials} points beside the defaults, by validation data of seeds that are "
-        "not reported, with more seeds where it was open which is best, and chose another than the "
-        f"defaults in {moved} of {len(made)} groups (method, data and setting)."
+        f"Tuning tried {trials} point{'s' * (trials > 1)} beside the defaults on "
+        f"{most if least == most else f'{least} to {most}'} seed{'s' * (most > 1)} not reported, "
+        "by validation data, and chose another than the defaults in "
+        f"{moved} of {len(made)} groups (method, data and setting)."
     ]
     short = plan.short(trials)
     if short:

@@ -1,39 +1,29 @@
 """Equal tuning: every method tries the same number of points, judged on validation data only.
 
-Points race: all are tried on the first few seeds, and those that are not yet beaten beyond chance
-on more, so that seeds are spent where the choice is open (Maron and Moore, 1997; Birattari et al.,
-2002). It says which runs are to be made and chooses by what they have written; it runs none, and
-never looks at a test split or at a seed that is reported.
+The points of a method race on the tuning seeds (`race`). It says which runs are to be made and
+chooses by what they have written; it runs none, and never looks at a test split or at a seed that
+is reported.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import numpy as np
-from scipy.special import stdtr
+from typing import TYPE_CHECKING, cast
 
 from ..errors import ConfigError, StateError
 from .cells import TUNED, Cell, chosen_text, group_name, safe
-from .folder import CONFIG, LOG, check_config, read_json, read_result, write_json
+from .folder import CONFIG, check_config, read_json, read_result, write_json
+from .race import HEAT, contenders, mean, score
 
 if TYPE_CHECKING:
     from .runner import Outcome
 
 TUNING = "tuning"
-HEAT = 4
-"""Seeds that a race goes on with at a time."""
-OUT = 0.1
-"""A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
 Point = Mapping[str, object]
 """Values for some options of a method, or for lr and epochs; {} for the defaults."""
-Scores = Sequence[float | None]
-"""Of one point, for each seed that it was tried with; None where it diverged."""
 
 
 def grid_points(method: str, trials: int, n_clients: int | None) -> tuple[Point, ...]:
@@ -90,11 +80,13 @@ class Choice:
         scores: of the points, higher is better: validation accuracy, or minus the loss where there
             is no accuracy, in the mean over the seeds that the point was tried with; None for a
             point that diverged.
+        seeds: how many those were, of each point.
         failed: trials that ended in an error, with its text. Then the defaults are used.
     """
 
     values: Point
     scores: tuple[float | None, ...]
+    seeds: tuple[int, ...]
     failed: Mapping[str, str]
 
 
@@ -132,33 +124,6 @@ def _trial(group: str, cell: Cell, point: Point, seed: int) -> Cell:
     # Only the last round is judged, and to evaluate others would take a fifth of the time.
     own = {"seed": seed, "track": None, "evaluate_every": cell.config["rounds"]}
     return Cell(name, {**cell.config, **own}, TUNING).with_chosen(point)
-
-
-def contenders(scores: Mapping[int, Scores]) -> tuple[int, ...]:
-    """Return which points may still be the best, by their scores with the same seeds, in order.
-
-    Those that diverged are out, and those that a paired t-test over the seeds puts behind the best
-    mean (`OUT`); with one seed there is no test. If all diverged, none is left.
-    """
-    known = {
-        point: np.array(values, dtype=float)
-        for point, values in scores.items()
-        if all(value is not None for value in values)
-    }
-    if not known:
-        return ()
-    best = max(known, key=lambda point: float(known[point].mean()))
-    return tuple(point for point in known if not _is_behind(known[best] - known[point]))
-
-
-def _is_behind(lead: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
-    """Whether what another leads by, for each seed, is beyond chance."""
-    if len(lead) < 2:
-        return False
-    error = lead.std(ddof=1) / math.sqrt(len(lead))
-    if not error:
-        return bool(lead[0] > 0)
-    return bool(stdtr(len(lead) - 1, -lead.mean() / error) < OUT)
 
 
 class Tuning:
@@ -290,13 +255,13 @@ class Tuning:
         self._later[group.name] = ()
         failed = self._failed.get(group.name, {})
         tried = [self._tried(group, point) for point in range(len(group.points))]
-        scores = tuple(map(_mean, tried))
+        scores = tuple(map(mean, tried))
         best = 0
         if field and not failed:
             # Of equals max() takes the first, so the defaults stay unless something is better.
             best = max(field, key=lambda point: cast(float, scores[point]))
-        choice = Choice(group.points[best], scores, failed)
-        _write_choice(self._path(group), group, choice, [len(values) for values in tried])
+        choice = Choice(group.points[best], scores, tuple(map(len, tried)), failed)
+        _write_choice(self._path(group), group, choice)
         self._choices[group.name] = choice
         return tuple(self._unfinished(self._cells(group)))
 
@@ -318,33 +283,9 @@ class Tuning:
         return self._out / TUNING / f"{group.name}.json"
 
 
-def score(folder: Path) -> float | None:
-    """Return the score of a finished trial, higher is better; None where it diverged.
-
-    It is the mean over clients of the merged model's validation accuracy, minus its validation loss
-    where there is no accuracy, in the last evaluated round: the one of which figures are reported.
-    The round of least loss would misjudge methods that overfit, whose accuracy still rises then.
-    """
-    last: dict[str, Any] | None = None
-    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
-        last = json.loads(line)["metrics"].get("merged", last)
-    if last is None or last["validation"]["loss"] is None:
-        return None
-    accuracy = last["validation"]["accuracy"]
-    if accuracy is None:
-        return -float(last["validation"]["loss"]["mean"])
-    return float(accuracy["mean"])
-
-
-def _mean(scores: Scores) -> float | None:
-    """The mean over tuning seeds; a point that diverged with one of them has none."""
-    numbers = [value for value in scores if value is not None]
-    return math.fsum(numbers) / len(numbers) if numbers and len(numbers) == len(scores) else None
-
-
-def _write_choice(path: Path, group: Group, choice: Choice, seeds: Sequence[int]) -> None:
-    made = {"points": list(group.points), "scores": list(choice.scores), "seeds": list(seeds)}
-    write_json(path, {**made, "chosen": choice.values, "failed": choice.failed})
+def _write_choice(path: Path, group: Group, choice: Choice) -> None:
+    tried = {"points": list(group.points), "scores": choice.scores, "seeds": choice.seeds}
+    write_json(path, {**tried, "chosen": choice.values, "failed": choice.failed})
 
 
 def _read_choice(path: Path, group: Group) -> Choice | None:
@@ -353,7 +294,8 @@ def _read_choice(path: Path, group: Group) -> Choice | None:
         return None
     try:
         points, values = made["points"], made["chosen"]
-        choice = Choice(values, tuple(made["scores"]), dict(made["failed"]))
+        scores, seeds = tuple(made["scores"]), tuple(made["seeds"])
+        choice = Choice(values, scores, seeds, dict(made["failed"]))
     except (KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path} is damaged ({error!r}); remove it to tune again") from error
     if points != [dict(point) for point in group.points] or values not in points:

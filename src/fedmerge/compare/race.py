@@ -1,0 +1,76 @@
+"""A race of points: all are tried on the first few seeds, those still in it on more.
+
+So seeds are spent where it is open which point is best (Maron and Moore, 1997; Birattari et al.,
+2002). It reads what finished trials have written, and decides by validation data only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtr
+
+from .folder import LOG
+
+HEAT = 4
+"""Seeds that a race goes on with at a time."""
+OUT = 0.1
+"""A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
+Scores = Sequence[float | None]
+"""Of one point, for each seed that it was tried with; None where it diverged."""
+
+
+def contenders(scores: Mapping[int, Scores]) -> tuple[int, ...]:
+    """Return which points may still be the best, by their scores with the same seeds, in order.
+
+    Those that diverged are out, and those that a paired t-test over the seeds puts behind the best
+    mean (`OUT`); with one seed there is no test. If all diverged, none is left.
+    """
+    known = {
+        point: np.array(values, dtype=float)
+        for point, values in scores.items()
+        if all(value is not None for value in values)
+    }
+    if not known:
+        return ()
+    best = max(known, key=lambda point: float(known[point].mean()))
+    return tuple(point for point in known if not _is_behind(known[best] - known[point]))
+
+
+def _is_behind(lead: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
+    """Whether what another leads by, for each seed, is beyond chance."""
+    if len(lead) < 2:
+        return False
+    error = lead.std(ddof=1) / math.sqrt(len(lead))
+    if not error:
+        return bool(lead[0] > 0)
+    return bool(stdtr(len(lead) - 1, -lead.mean() / error) < OUT)
+
+
+def mean(scores: Scores) -> float | None:
+    """Return the mean over tuning seeds; a point that diverged with one of them has none."""
+    numbers = [value for value in scores if value is not None]
+    return math.fsum(numbers) / len(numbers) if numbers and len(numbers) == len(scores) else None
+
+
+def score(folder: Path) -> float | None:
+    """Return the score of a finished trial, higher is better; None where it diverged.
+
+    It is the mean over clients of the merged model's validation accuracy, minus its validation loss
+    where there is no accuracy, in the last evaluated round: the one of which figures are reported.
+    The round of least loss would misjudge methods that overfit, whose accuracy still rises then.
+    """
+    last: dict[str, Any] | None = None
+    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
+        last = json.loads(line)["metrics"].get("merged", last)
+    if last is None or last["validation"]["loss"] is None:
+        return None
+    accuracy = last["validation"]["accuracy"]
+    if accuracy is None:
+        return -float(last["validation"]["loss"]["mean"])
+    return float(accuracy["mean"])
