@@ -339,6 +339,23 @@ def test_a_race_that_was_stopped_goes_on_where_it_was(tmp_path: Path, most: int)
     assert again.total == 22
 
 
+def test_a_failure_late_in_a_race_ends_it_with_the_defaults(tmp_path: Path) -> None:
+    def rounds(cell: Cell) -> list[dict[str, Any]] | str:
+        if cell.config["chosen"] == "lr=0.1" and cell.config["seed"] == 1005:
+            return "no memory"
+        return [logged(0.7 + 0.01 * (cell.config["chosen"] == "lam=2.0"), 1.0)]
+
+    plan = Tuning(groups_of(({}, {"lr": 0.1}), tuple(range(1000, 1012))), tmp_path)
+    done = play(plan, tmp_path, rounds, most=999)
+    assert sorted({cell.config["seed"] for cell in done if cell.root == "tuning"})[-1] == 1007
+    assert chosen(plan) == [None, None]
+    failed = plan.failures()["digits--domain--ditto"].failed
+    assert failed == {"digits--domain--ditto--lr=0.1--s1005": "no memory"}
+    # 16 trials and 2 cells were begun; no later seed is waited for.
+    assert (len(done), plan.total) == (18, 18)
+    assert plan.unfinished() == ()
+
+
 def test_a_point_that_diverged_loses(tmp_path: Path) -> None:
     figures = {
         None: [logged(0.9, 1.0), logged(0.9, None)],

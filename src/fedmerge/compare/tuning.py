@@ -219,6 +219,8 @@ class Tuning:
 
     def _go_on(self, group: Group) -> tuple[Cell, ...]:
         """Return the runs of a group that come next: trials of its race, then its cells."""
+        if self._failed.get(group.name):
+            return self._choose(group, ())
         field: tuple[int, ...] = tuple(range(len(group.points)))
         n_seeds, ran = len(group.trials[0]), 0
         for first in range(0, n_seeds, HEAT):
@@ -229,8 +231,6 @@ class Tuning:
             ran += len(heat)
             self._ran[group.name] = ran
             self._later[group.name] = tuple(t for p in field for t in group.trials[p][last:])
-            if self._failed.get(group.name):
-                break
             todo = self._unfinished(heat)
             if todo:
                 self._open[group.name] = {cell.name for cell in todo}
