@@ -68,10 +68,13 @@ class RuleByHand:
         new = {i: self._settled(i, drawn[i]) for i in delta}
         before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}
         for b, (start, stop) in enumerate(self.spans):
+            pace = self._pace(
+                [row[b] for row in new.values()], b, [i for i in self.last if i not in delta]
+            )
             for j in range(len(self.models)):
                 total = sum(new[i][b, j] * n[i] for i in delta)
                 for i in delta:
-                    part = new[i][b, j] * n[i] / total * delta[i][start:stop]
+                    part = pace[j] * new[i][b, j] * n[i] / total * delta[i][start:stop]
                     self.models[j, start:stop] -= part
                     self.own[i][j, start:stop] += part
         for i in delta:
@@ -81,6 +84,13 @@ class RuleByHand:
             self.kept[i] = self._in_8_bits(self.past[i])
         self.round += 1
         self._tell_kinds()
+
+    def _pace(self, cohort: list[Row], b: int, others: list[str]) -> Row:
+        """How far each model goes in block b, given the new rows (d,) of the round's clients."""
+        here = np.mean(cohort, axis=0)
+        everywhere = np.mean(cohort + [self.weights[i][b] for i in others], axis=0)
+        pace = np.sqrt(np.minimum(here / everywhere, 1))
+        return pace / (pace @ here)
 
     def _in_8_bits(self, row: Row) -> Row:
         made = row.copy()
@@ -102,6 +112,9 @@ class RuleByHand:
             past = len(self.seen[i])
             missed = self.round - self.seen[i][-1] if past else 1
             s = s * min(missed, 5) * min(1, self.horizon / (past + 1)) ** 2
+            late = self.cap * min(self.round, 10)
+            if not past and np.abs(s).max() < late:
+                s = s * late / np.abs(s).max()
             raised = np.log(np.maximum(w, 1e-6)) - s
             made[b] = np.exp(raised) / np.exp(raised).sum()
         return made

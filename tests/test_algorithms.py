@@ -123,16 +123,19 @@ def test_fedavg_takes_the_mean_weighted_by_examples(setup: Setup, trainer: Quadr
     close(made["models"], (1 * ends[0] + 2 * ends[1] + 5 * ends[2])[None] / 8)
 
 
+@pytest.mark.parametrize(
+    ("method", "plain"), [(FedAvgFT(finetune=3), FedAvg()), (FedMerge(finetune=3), FedMerge())]
+)
 def test_fine_tuning_is_at_the_client_and_changes_what_is_used_only(
-    setup: Setup, trainer: Quadratic
+    method: Algorithm, plain: Algorithm, setup: Setup, trainer: Quadratic
 ) -> None:
-    method, message = FedAvgFT(finetune=3), setup.initial(0).repeat(3, 1)[:, None]
+    message = setup.initial(0).repeat(3, 1)[:, None]
     close(method.personal(setup, message, {}, trainer), after(message[:, 0], trainer.centre, 3))
-    close(FedAvg().personal(setup, message, {}, trainer), message[:, 0])
+    close(plain.personal(setup, message, {}, trainer), message[:, 0])
     assert trainer.calls == [("finetune", 3)]
     shared = method.shared(setup)
     tuned, _ = one_round(method, setup, trainer, shared)
-    close(tuned["models"], one_round(FedAvg(), setup, trainer, shared)[0]["models"])
+    close(tuned["models"], one_round(plain, setup, trainer, shared)[0]["models"])
 
 
 def test_fedprox_is_pulled_towards_what_it_received(setup: Setup, trainer: Quadratic) -> None:
@@ -354,6 +357,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         "peers": 0,
         "pull": 2.0,
         "settle": 1.0,
+        "finetune": 2,
     },
     "fedmerge:rule=paper": {"d": 2, "logit_step": 0.2, "prox": 0.5},
     "fedavg": {},

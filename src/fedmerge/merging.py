@@ -168,7 +168,13 @@ def row_gradient(weights: Tensor, scores: Tensor) -> Tensor:
 
 
 def eg_row_step(
-    logits: Tensor, scores: Tensor, length: Tensor, pace: Tensor, *, cap: float
+    logits: Tensor,
+    scores: Tensor,
+    length: Tensor,
+    pace: Tensor,
+    *,
+    cap: float,
+    least: Tensor | None = None,
 ) -> Tensor:
     """Exponentiated-gradient step of the rows, with a cap on how far a row moves.
 
@@ -179,6 +185,7 @@ def eg_row_step(
         pace: (k,), a factor on the capped step: above 1 for rows that were long unseen, below 1 for
             rows that have taken part often.
         cap: largest change of a log-weight before `pace`, in nats.
+        least: (k,), least largest change, however flat the gradient, in nats; None for none.
 
     Returns:
         (k, b, d) normalised log-weights, float64.
@@ -188,7 +195,29 @@ def eg_row_step(
     largest = step.abs().amax(-1, keepdim=True)
     # Division, not clamping: the direction of the step is kept.
     step = step * (cap / largest.clamp_min(cap)) * pace[:, None, None]
+    if least is not None and bool((least > 0).any()):
+        largest = step.abs().amax(-1, keepdim=True)
+        # Without a gradient there is no direction to go in.
+        step = step * (least[:, None, None] / largest.clamp_min(1e-300)).clamp_min(1.0)
     return torch.log_softmax(weights.clamp_min(FLOOR).log() - step, dim=-1)
+
+
+def model_pace(cohort: Tensor, others: Tensor) -> Tensor:
+    """How far each model goes towards what a round's clients would have it be, (b, d).
+
+    A model that they use less than all clients do is moved by few, and not by those it is for: it
+    goes the root of that share of the way. Then all paces are scaled so that the clients of the
+    round see their models move as far as without. 1 if nobody else is known.
+
+    Args:
+        cohort: (k, b, d) merging weights of the round's clients. others: (n, b, d) of the rest.
+    """
+    used = cohort.mean(0)
+    if not len(others):
+        return torch.ones_like(used)
+    by_all = (cohort.sum(0) + others.sum(0)) / (len(cohort) + len(others))
+    pace = (used / by_all.clamp_min(1e-300)).clamp(max=1.0).sqrt()
+    return pace / (pace * used).sum(-1, keepdim=True).clamp_min(1e-300)
 
 
 def paper_row_step(
@@ -257,6 +286,7 @@ class ModelSum:
     segments: Segments
     n_params: int
     out: Callable[[], Tensor] | None = None  # makes what the step is written to
+    pace: Tensor | None = None  # (b, d) factors on the steps of the models' parameters
     salt: int | None = None  # rounds the step to bfloat16 by chance; None: to nearest
 
     @classmethod
@@ -313,18 +343,23 @@ class ModelSum:
         moved = kernels.empty(models.shape, models.dtype) if self.out is None else self.out()
         fast = kernels.loops(models.shape[1], models.dtype)
         if fast is not None:
-            # No segment may hold both parameters and buffers.
-            n, size = self.n_params, models.shape[1]
-            tail = [(n + a, n + b, block) for a, b, block in kernels.cut(self.segments, n, size)]
+            # No segment may hold both parameters and buffers, which have masses of their own.
+            n, size, b = self.n_params, models.shape[1], len(self.mass)
+            tail = [
+                (n + s, n + e, b + block) for s, e, block in kernels.cut(self.segments, n, size)
+            ]
             cuts = kernels.table([*kernels.cut(self.segments, 0, n), *tail])
+            paced = self.mass if self.pace is None else self.mass / self.pace
             own = models.contiguous()
-            kernels.call(fast.step, own, self.total, self.mass, cuts, n, moved)
+            kernels.call(fast.step, own, self.total, torch.cat([paced, self.mass]), cuts, n, moved)
         for start, stop, block in () if fast else _chunks(self.segments):
             mass = self.mass[block][:, None]
             used = mass > 0
             values = self.total[:, start:stop] / torch.where(used, mass, 1.0)
             own = models[:, start:stop]
             n = max(0, min(stop, self.n_params) - start)  # of these columns, parameters
+            if self.pace is not None:
+                values[:, :n] *= self.pace[block][:, None]
             torch.sub(own[:, :n], values[:, :n], out=values[:, :n])
             if not used.all():
                 values = torch.where(used, values, own.double())

@@ -28,14 +28,17 @@ from ..merging import (
     in_units,
     merge_rows,
     merging_weights,
+    model_pace,
 )
 from ..params import Layout
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
-from .base import Algorithm, Cost, Fold, Setup, Tensors, Updates
+from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates
 
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
+MOST_ROUNDS_LATE = 10
+"""A row's first step is as long as the cap for each round before it, up to this many."""
 PEERS = "peers."
 """How their tables are called in the shared state."""
 SETTLED = "settled"
@@ -62,6 +65,8 @@ class FedMerge(Algorithm):
             0 for rows that learn from nobody else.
         pull: how much, in steps of a peer whose update is the same.
         settle: how far rows go home in a round, at most; 0 for never.
+        finetune: epochs of local training before the model is used; 0 for none. They change what is
+            evaluated as `merged`, never what is sent back.
     """
 
     name: ClassVar[str] = "fedmerge"
@@ -76,9 +81,11 @@ class FedMerge(Algorithm):
     peers: int = 256
     pull: float = 20.0
     settle: float = 0.5
+    finetune: int = 0
 
     def __post_init__(self) -> None:
         self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1, peers=0, pull=0, settle=0)
+        self._need(finetune=0)
         if self.settle > 1:
             raise ConfigError(f"{self.name}: settle = {self.settle:g}: wanted 0 to 1")
 
@@ -145,13 +152,28 @@ class FedMerge(Algorithm):
         weights = self.weights(setup, rows)
         return merge_rows(shared["models"], weights, setup.layout, out[:, 0])[:, None]
 
+    def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
+        if not self.finetune:
+            return message[:, 0]
+        return trainer.fit(message[:, 0], epochs=self.finetune, purpose="finetune")[0]
+
     def _pace(self, rows: Tensors, version: int) -> Tensor:
         missed = (version - rows["last"]).clamp(1, MOST_ROUNDS_MISSED)
         missed = torch.where(rows["last"] < 0, 1, missed)
         return missed * (self.horizon / (rows["count"] + 1)).clamp(max=1.0) ** 2
 
+    def _least(self, rows: Tensors, version: int) -> Tensor:
+        """How long a row's step is at least, (k,) in nats: those that start late catch up.
+
+        Where few clients take part in a round, rows that wait for the models to differ have no time
+        left: after a late first step they and the models differ at once.
+        """
+        late = min(version, MOST_ROUNDS_LATE) * self.cap
+        return torch.where(rows["count"] == 0, late, 0.0).double()
+
     def reach(self, rows: Tensors, version: int) -> Tensor:
-        return self.cap * self._pace(rows, version).double()
+        paced = self.cap * self._pace(rows, version).double()
+        return torch.maximum(paced, self._least(rows, version))
 
     def fold(
         self,
@@ -174,7 +196,10 @@ class FedMerge(Algorithm):
             scores += torch.einsum("kbs,kbds->kbd", part["sketch"].double(), part["own"].double())
         pace = self._pace(rows, version)
         length = updates.lr * updates.steps
-        logits = eg_row_step(rows["logits"], scores, length, pace.double(), cap=self.cap)
+        least = self._least(rows, version)
+        logits = eg_row_step(
+            rows["logits"], scores, length, pace.double(), cap=self.cap, least=least
+        )
         if self.peers:
             part["place"] = rows["place"]
             before = merging_weights(rows["logits"]).clamp_min(FLOOR).log()
@@ -215,8 +240,14 @@ class FedMerge(Algorithm):
             "count": count,
             "last": torch.full_like(count, version),
         }
+        if self.peers:
+            known = _peers(shared)
+            others = ~torch.isin(known["place"], fold.gathered("place"))
+            weights = merging_weights(rows["logits"]), merging_weights(known["logits"][others])
+            fold.sum.pace = model_pace(*weights)
         if self._leaves_out:
-            taken = (fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)).float()
+            taken = fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)
+            taken = (taken if fold.sum.pace is None else taken * fold.sum.pace).float()
             gained = fold.gathered("sketch")[:, :, None]
             own = fold.gathered("own").addcmul_(taken[..., None], gained)
             rows["own"], rows["unit"] = in_units(own)
