@@ -112,7 +112,7 @@ class RuleByHand:
             past = len(self.seen[i])
             missed = self.round - self.seen[i][-1] if past else 1
             s = s * min(missed, 5) * min(1, self.horizon / (past + 1)) ** 2
-            late = self.cap * min(self.round, 10)
+            late = self.cap * min(self.round, 10) ** 2 / 10
             if not past and np.abs(s).max() < late:
                 s = s * late / np.abs(s).max()
             raised = np.log(np.maximum(w, 1e-6)) - s

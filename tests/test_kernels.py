@@ -145,16 +145,19 @@ def test_sums_and_steps_are_the_same(
     delta = spoiled(normal(seed, k, n, dtype=dtype), seed, spoil)
     models, coef = normal(seed + 1, d, n, dtype=dtype), normal(seed + 2, k, 2, d, dtype=F64).abs()
     coef[:, :, seed % d] = 0  # a model nobody uses
-    made: dict[str, tuple[Tensor, Tensor]] = {}
+    made: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name in ("torch", "numba"):
         total = ModelSum.of(d, 2, segments, n - buffers, counters=min(1, buffers))
         with using(name):
             total.add(coef[:1], delta[:1])
             if k > 1:
                 total.add(coef[1:], delta[1:])
-            made[name] = total.total, total.step(models)
+            whole = total.step(models)
+            total.pace = normal(seed + 3, 2, d, dtype=F64).abs()
+            made[name] = total.total, whole, total.step(models)
     close(made["numba"][0], made["torch"][0], 10.0 * k, F64)
     close(made["numba"][1], made["torch"][1], 100.0, dtype)
+    close(made["numba"][2], made["torch"][2], 100.0, dtype)
 
 
 @settings(max_examples=40)

@@ -27,6 +27,7 @@ from fedmerge.merging import (
     merge,
     merge_weighted,
     merging_weights,
+    model_pace,
     row_gradient,
 )
 from fedmerge.params import Layout
@@ -205,6 +206,45 @@ def test_an_unused_model_can_come_back() -> None:
     assert step.exp()[0, 0, 1] == pytest.approx(FLOOR, rel=1e-5)
 
 
+def test_a_least_length_stretches_short_steps_and_no_others() -> None:
+    long, short = [40.0, 0.0, -20.0, -20.0], [0.02, 0.0, -0.02, 0.0]
+    scores = torch.tensor([[long], [short], [short], [[0.0] * 4]], dtype=F64)
+    logits, one = torch.zeros(4, 1, 4, dtype=F64), torch.ones(4, dtype=F64)
+    least = torch.tensor([0.05, 0.05, 0.0, 0.05], dtype=F64)
+    step = eg_row_step(logits, scores, one, one, cap=0.1, least=least)[:, 0]
+    step -= step.mean(-1, keepdim=True)
+    wanted = torch.tensor(
+        [[-0.1, 0, 0.05, 0.05], [-0.05, 0, 0.05, 0], [-0.02, 0, 0.02, 0], [0, 0, 0, 0]], dtype=F64
+    )
+    assert near(step, wanted)
+
+
+# -- how far the models go ------------------------------------------------------------------------
+
+
+def test_a_model_goes_the_root_of_the_share_that_the_rounds_clients_use_it() -> None:
+    cohort = torch.tensor([[[0.8, 0.1, 0.1]]], dtype=F64)
+    others = torch.tensor([[[0.2, 0.7, 0.1]], [[0.2, 0.7, 0.1]], [[0.4, 0.5, 0.1]]], dtype=F64)
+    # All four use the models by .4, .5 and .1; the one of this round by twice, a fifth and all.
+    pace = torch.tensor([1.0, 0.2**0.5, 1.0], dtype=F64)
+    assert near(model_pace(cohort, others), (pace / (0.8 + 0.1 * 0.2**0.5 + 0.1))[None])
+
+
+@given(seeds, sizes, st.integers(0, 6), sizes)
+def test_the_clients_of_a_round_see_their_models_go_as_far_as_without(
+    seed: int, k: int, n: int, d: int
+) -> None:
+    cohort = merging_weights(3 * f64(seed, k, 2, d))
+    others = merging_weights(3 * f64(seed + 1, n, 2, d))
+    pace = model_pace(cohort, others)
+    assert near((pace * cohort.mean(0)).sum(-1), torch.ones(2, dtype=F64))
+    assert bool((pace >= 0).all())
+    if not n:
+        assert torch.equal(pace, torch.ones(2, d, dtype=F64))
+    if n:  # more of the same clients are nobody else
+        assert near(model_pace(cohort, cohort.repeat(n, 1, 1)), torch.ones(2, d, dtype=F64))
+
+
 # -- the sum over a round -------------------------------------------------------------------------
 
 
@@ -267,6 +307,22 @@ def test_statistics_become_convex_combinations_and_counters_the_largest() -> Non
         assert torch.equal(made[name][2], layout.views(models)[name][2])
         assert bool((made[name] > 0).all())
     assert total.step(models)[:, layout.counters].flatten().tolist() == [9, 9, 9]
+
+
+def test_a_pace_is_for_parameters_not_for_statistics() -> None:
+    layout = Layout.of(norm_net().double())
+    d, k, n = 3, 4, layout.n_params
+    total = ModelSum.for_layout(layout, d)
+    total.add(f64(0, k, 3, d).abs(), f64(1, k, layout.size).abs())
+    models = f64(2, d, layout.size)
+    whole = total.step(models)
+    total.pace = torch.rand(3, d, generator=torch.Generator().manual_seed(3), dtype=F64)
+    paced = total.step(models)
+    assert torch.equal(paced[:, n:], whole[:, n:])
+    for start, stop, block in layout.segments:
+        part = slice(start, min(stop, n))
+        step = (models - whole)[:, part] * total.pace[block][:, None]
+        assert near(models[:, part] - paced[:, part], step)
 
 
 def test_a_negative_whole_number_in_a_buffer_is_kept() -> None:
@@ -378,6 +434,48 @@ def test_the_default_rule_is_its_literal_transcription(leave_one_out: bool) -> N
         np.testing.assert_allclose(soup.shared["models"], hand.models, **near)
     # It was not a test of rows that stay as they were.
     assert float((weights - 0.25).abs().max()) > 0.1
+
+
+def alone(method: FedMerge, rounds: int) -> Soup:
+    """Rounds of one client each, a new one every time but in the last two."""
+    soup = Soup(method, net(dtype=F64), seed=3)
+    for t in range(rounds):
+        sent = soup.send([f"c{t if t < rounds - 2 else t - rounds + 2}"])
+        soup.fold(make_updates(sent, made_delta(soup, 1, t)))
+        soup.commit()
+    return soup
+
+
+def test_models_come_apart_even_if_every_round_is_one_clients() -> None:
+    def apart(soup: Soup) -> Tensor:
+        models = soup.shared["models"]
+        return models[1:] - models[:1]
+
+    start = apart(Soup(FedMerge(d=3), net(dtype=F64), seed=3))
+    # A client's update goes to all models alike if nobody else is known to use them more.
+    assert near(apart(alone(FedMerge(d=3, peers=0), 8)), start, 1e-9)
+    moved = apart(alone(FedMerge(d=3), 8)) - start
+    assert float(moved.abs().max()) > 0.02
+
+
+@pytest.mark.parametrize("peers", [0, 256])
+def test_a_first_step_is_the_longer_the_later_it_is(peers: int) -> None:
+    method = FedMerge(d=2, cap=0.05, pull=0, peers=peers)
+    rounds = 14
+    soup = alone(method, rounds)
+    weights = soup.weights([f"c{t}" for t in range(2, rounds - 2)])
+    assert weights is not None
+    length = (weights[..., 0].log() - weights[..., 1].log()).abs() / 2  # of two models, each half
+    late = torch.arange(2.0, rounds - 2, dtype=F64).clamp(max=10)[:, None] ** 2
+    late *= 0.005 * bool(peers)
+    assert bool((length >= late - 1e-9).all())
+    assert near(length[4:], late[4:].expand(-1, 2)) == bool(peers)
+    if not peers:
+        assert float(length.max()) <= 0.05 + 1e-9
+    for version in (0, 3, 99):
+        rows = method.rows(soup.setup, 1)
+        first = 0.05 * max(1, min(version, 10) ** 2 / 10 * bool(peers))
+        assert method.reach(rows, version).tolist() == pytest.approx([first])
 
 
 def test_a_round_does_not_change_the_state_before_it() -> None:

@@ -38,7 +38,8 @@ from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
 MOST_ROUNDS_LATE = 10
-"""A row's first step is as long as the cap for each round before it, up to this many."""
+"""A row whose first round is this one or later takes a first step as long as the cap would let it
+step in all the rounds before; one that comes a little late, the square of its share of that."""
 PEERS = "peers."
 """How their tables are called in the shared state."""
 SETTLED = "settled"
@@ -166,10 +167,11 @@ class FedMerge(Algorithm):
         """How long a row's step is at least, (k,) in nats: those that start late catch up.
 
         Where few clients take part in a round, rows that wait for the models to differ have no time
-        left: after a late first step they and the models differ at once.
+        left: after a late first step they and the models differ at once. Not without peers: the
+        noise that hides a row's step would have to be as long.
         """
-        late = min(version, MOST_ROUNDS_LATE) * self.cap
-        return torch.where(rows["count"] == 0, late, 0.0).double()
+        late = min(1.0, version / MOST_ROUNDS_LATE) ** 2 * MOST_ROUNDS_LATE * bool(self.peers)
+        return self.cap * late * (rows["count"] == 0).double()
 
     def reach(self, rows: Tensors, version: int) -> Tensor:
         paced = self.cap * self._pace(rows, version).double()
