@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from fedmerge import Algorithm, FedMerge, FedMergePaper, Soup, Ticket, Updates, kernels, make_model
-from fedmerge.merging import ModelSum, block_scores, merge, merge_weighted, merging_weights
+from fedmerge.merging import (
+    block_scores,
+    merge,
+    merge_weighted,
+    merging_weights,
+)
+from fedmerge.sums import ModelSum
 
 from .measure import Figure, Spread, Work, alternate, seconds
 from .sizes import Sizes

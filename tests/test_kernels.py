@@ -23,14 +23,14 @@ from fedmerge import kernels
 from fedmerge.algorithms import FedAvg, FedMerge, FedMergePaper
 from fedmerge.errors import ConfigError, ModelError
 from fedmerge.merging import (
-    ModelSum,
-    Sketch,
     block_scores,
     finite_rows,
     merge,
     merge_weighted,
 )
+from fedmerge.sketches import Sketch
 from fedmerge.soup import Soup
+from fedmerge.sums import ModelSum
 
 pytest.importorskip("numba")
 

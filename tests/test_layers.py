@@ -14,12 +14,13 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "fedmerge"
 LAYERS = (
     ("errors", "rng", "params", "store", "values", "workers", "codec", "guard", "kernels", "loops"),
-    ("merging", "local", "ops", "stack", "engine", "steps", "robust", "privacy", "peers", "kinds"),
+    ("merging", "sums", "sketches", "local", "ops", "stack", "engine", "steps", "robust", "privacy",
+     "peers", "kinds"),
     ("soup", "roster", "storage", "safety", "algorithms", "models", "data"),
     ("sim",),
     ("compare", "report", "flower", "deploy"),
     ("config", "cli", "lines", "__main__"),
-)
+)  # fmt: skip
 """Modules and packages by layer. The package's own `__init__`, its public face, is exempt."""
 HEAVY = {
     "matplotlib",

@@ -17,21 +17,22 @@ from fedmerge.algorithms import FedMerge
 from fedmerge.errors import ModelError
 from fedmerge.merging import (
     FLOOR,
-    HUGE,
-    ModelSum,
-    Sketch,
     block_scores,
     eg_row_step,
-    from_units,
-    in_units,
     merge,
     merge_weighted,
     merging_weights,
-    model_pace,
     row_gradient,
 )
 from fedmerge.params import Layout
+from fedmerge.sketches import (
+    HUGE,
+    Sketch,
+    from_units,
+    in_units,
+)
 from fedmerge.soup import Soup
+from fedmerge.sums import ModelSum, model_pace
 from rule_by_hand import RuleByHand
 
 F64 = torch.float64

@@ -32,9 +32,9 @@ from core_fixture import (
 from fedmerge import kernels
 from fedmerge.algorithms import FedAvg, FedMerge, FedMergePaper
 from fedmerge.errors import ConfigError, StateError
-from fedmerge.merging import by_chance
 from fedmerge.safety import Safety
 from fedmerge.soup import Soup
+from fedmerge.sums import by_chance
 
 COHORTS = (("a", "b", "c"), ("b", "d"), ("a", "d", "e", "c"))
 METHOD = FedMerge(d=3, sketch=8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, MissingExtraError
-from .merging import ModelSum
+from .sums import ModelSum
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .merging import ModelSum
+from .sums import ModelSum
 
 Robust = Literal["none", "median", "trimmed"]
 CHUNK = 4096

@@ -15,10 +15,10 @@ from torch import Tensor
 from .algorithms import Algorithm, FedAvg, FedMerge, Fold, Setup, Tensors, Updates
 from .errors import ConfigError
 from .guard import Guard
-from .merging import ModelSum
 from .params import Layout
 from .privacy import Privacy, PrivateSum, noisy_rows
 from .robust import RobustSum
+from .sums import ModelSum
 
 Reason = Literal[
     "unknown",

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .algorithms import Algorithm, FedAvg, FedMerge
 from .errors import ConfigError, StateError
-from .merging import ModelSum
 from .params import Layout
 from .rng import derive
+from .sums import ModelSum
 
 Kept = Literal["model", "float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype | None] = {

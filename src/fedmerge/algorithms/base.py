@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..local import Mixture, Proximal
-from ..merging import ModelSum
 from ..params import Layout
+from ..sums import ModelSum
 
 Tensors = dict[str, Tensor]
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..merging import ModelSum
 from ..params import Layout
+from ..sums import ModelSum
 from .base import Cost, Setup, Tensors, Updates
 from .gathering import Gathering
 

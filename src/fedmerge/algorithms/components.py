@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..merging import ModelSum
 from ..params import Layout
+from ..sums import ModelSum
 from .base import Algorithm, Cost, Fold, Setup, Tensors, Updates
 
 

@@ -20,19 +20,16 @@ from ..errors import ConfigError
 from ..kinds import SETTLING, homes, settled
 from ..merging import (
     FLOOR,
-    ModelSum,
-    Sketch,
     block_scores,
     eg_row_step,
-    from_units,
-    in_units,
     merge_rows,
     merging_weights,
-    model_pace,
 )
 from ..params import Layout
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
+from ..sketches import Sketch, from_units, in_units
+from ..sums import ModelSum, model_pace
 from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates
 
 MOST_ROUNDS_MISSED = 5

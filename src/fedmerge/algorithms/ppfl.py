@@ -22,8 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..merging import ModelSum
 from ..params import Layout
+from ..sums import ModelSum
 from .base import Cost, Fold, Local, Setup, Tensors, Trainer, Updates
 from .components import Components, descend
 
