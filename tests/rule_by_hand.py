@@ -89,7 +89,7 @@ class RuleByHand:
         """How far each model goes in block b, given the new rows (d,) of the round's clients."""
         here = np.mean(cohort, axis=0)
         everywhere = np.mean(cohort + [self.weights[i][b] for i in others], axis=0)
-        pace = np.sqrt(np.minimum(here / everywhere, 1))
+        pace = np.minimum(here / everywhere, 1)
         return pace / (pace @ here)
 
     def _in_8_bits(self, row: Row) -> Row:
