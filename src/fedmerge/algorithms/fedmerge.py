@@ -3,7 +3,8 @@
 The default rule: rows move by an exponentiated-gradient step per block of layers, judged with the
 client's own past contributions taken out of the models, and with the steps of clients whose updates
 resemble theirs; where kinds of clients are plain, or go on learning the same, the rows of a kind
-settle on models of its own.
+settle on models of its own. Where only some clients take part in a round, rows that start late
+catch up at once, and a model goes as far as the round's clients use it.
 The setting is that of Chen, Zhou, Long, Jiang and Zhang, "FedMerge", AAAI 2026; the published rule
 is in `fedmerge_paper`.
 """
@@ -60,7 +61,7 @@ class FedMerge(Algorithm):
         sketch: numbers kept per block, client and model for that; the server keeps
             m * d * b * sketch 16-bit numbers for m clients (and a few of 8 bits for `peers`).
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
-            0 for rows that learn from nobody else.
+            0 for rows that learn from nobody else, and rounds in which it does not matter who is away.
         pull: how much, in steps of a peer whose update is the same.
         settle: how far rows go home in a round, at most; 0 for never.
         finetune: epochs of local training before the model is used; 0 for none. They change what is
@@ -82,8 +83,8 @@ class FedMerge(Algorithm):
     finetune: int = 0
 
     def __post_init__(self) -> None:
-        self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1, peers=0, pull=0, settle=0)
-        self._need(finetune=0)
+        self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1)
+        self._need(peers=0, pull=0, settle=0, finetune=0)
         if self.settle > 1:
             raise ConfigError(f"{self.name}: settle = {self.settle:g}: wanted 0 to 1")
 
