@@ -61,7 +61,7 @@ class FedMerge(Algorithm):
         sketch: numbers kept per block, client and model for that; the server keeps
             m * d * b * sketch 16-bit numbers for m clients (and a few of 8 bits for `peers`).
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
-            0 for rows that learn from nobody else, and rounds in which it does not matter who is away.
+            0 for rows that learn from nobody else, in rounds where nobody is missed.
         pull: how much, in steps of a peer whose update is the same.
         settle: how far rows go home in a round, at most; 0 for never.
         finetune: epochs of local training before the model is used; 0 for none. They change what is
