@@ -30,11 +30,10 @@ def chunks(segments: Segments) -> Iterator[tuple[int, int, int]]:
 
 
 def model_pace(cohort: Tensor, others: Tensor) -> Tensor:
-    """How far each model goes towards what a round's clients would have it be, (b, d).
+    """How far each model goes towards what a round's clients would have it be, (b, d) from 0 to 1.
 
     A model that they use less than all clients do is moved by those it is not for: it goes that
-    share of the way. Then all paces are scaled so that the clients of the round see their models
-    move as far as without. 1 if nobody else is known.
+    share of the way. All of it if nobody else is known.
 
     Args:
         cohort: (k, b, d) merging weights of the round's clients. others: (n, b, d) of the rest.
@@ -43,8 +42,7 @@ def model_pace(cohort: Tensor, others: Tensor) -> Tensor:
     if not len(others):
         return torch.ones_like(used)
     by_all = (cohort.sum(0) + others.sum(0)) / (len(cohort) + len(others))
-    pace = (used / by_all.clamp_min(1e-300)).clamp(max=1.0)
-    return pace / (pace * used).sum(-1, keepdim=True).clamp_min(1e-300)
+    return (used / by_all.clamp_min(1e-300)).clamp(max=1.0)
 
 
 @dataclass
