@@ -475,7 +475,7 @@ def test_merging_pays_in_rounds_of_one_client() -> None:
         )
         logs = list(simulation.rounds())
         reached[method] = logs[-1].metrics["merged"]["test"]["accuracy"].mean
-    assert reached["fedmerge"] > 2 * reached["fedavg"]
+    assert reached["fedmerge"] > 1.5 * reached["fedavg"]
 
 
 @pytest.mark.parametrize("peers", [0, 256])
