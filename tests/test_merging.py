@@ -27,12 +27,7 @@ from fedmerge.merging import (
     row_gradient,
 )
 from fedmerge.params import Layout
-from fedmerge.sketches import (
-    HUGE,
-    Sketch,
-    from_units,
-    in_units,
-)
+from fedmerge.sketches import HUGE, Sketch, from_units, in_units
 from fedmerge.soup import Soup
 from fedmerge.sums import ModelSum, model_pace
 from rule_by_hand import RuleByHand

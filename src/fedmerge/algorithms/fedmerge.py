@@ -19,13 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..kinds import SETTLING, homes, settled
-from ..merging import (
-    FLOOR,
-    block_scores,
-    eg_row_step,
-    merge_rows,
-    merging_weights,
-)
+from ..merging import FLOOR, block_scores, eg_row_step, merge_rows, merging_weights
 from ..params import Layout
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator

@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from ..local import Proximal
-from ..merging import (
-    block_scores,
-    merge_rows,
-    merging_weights,
-    paper_row_step,
-)
+from ..merging import block_scores, merge_rows, merging_weights, paper_row_step
 from ..params import Layout
 from ..sums import ModelSum
 from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
