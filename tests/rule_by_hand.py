@@ -83,7 +83,7 @@ class RuleByHand:
             self.seen[i].append(self.round)
             self.kept[i] = self._in_8_bits(self.past[i])
         self.round += 1
-        self._tell_kinds(float(np.mean([len(self.seen[i]) for i in delta])))
+        self._tell_kinds()
 
     def _pace(self, cohort: list[Row], b: int, others: list[str]) -> Row:
         """How far each model goes in block b, given the new rows (d,) of the round's clients."""
@@ -169,7 +169,7 @@ class RuleByHand:
             made[b, model] += share
         return made
 
-    def _tell_kinds(self, times: float) -> None:
+    def _tell_kinds(self) -> None:
         """Who is of one kind, and where it is at home, from all clients' updates so far."""
         self.seen_past = dict(self.past)
         self.far, self.kinds = 0.0, []
@@ -192,7 +192,7 @@ class RuleByHand:
         common = (positive**2 * (last @ last.T)).sum() / (positive**2).sum()
         self.peak = max(self.peak, common)
         far = self.plain
-        if times >= 12:
+        if self.round >= 12:
             left = (common / self.peak - 0.75) / 0.25
             far = max(far, left)
             if left <= 0:

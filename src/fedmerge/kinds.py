@@ -27,7 +27,7 @@ SETTLING = 5
 """Rounds before any row goes home: the first updates of all clients are much alike. A row that has
 taken part as often makes no steps of its own on its way."""
 LASTING = 12
-"""Participations from which on what like clients have in common should have begun to fade."""
+"""Rounds from which on what like clients have in common should have begun to fade."""
 FADING = 0.75
 """Share of its peak at which it has."""
 
@@ -98,15 +98,14 @@ def lasting(common: float, peak: float) -> float:
     return max(0.0, (common / peak - FADING) / (1 - FADING)) if peak > 0 else 0.0
 
 
-def homes(peers: Peers, times: float, peak: float) -> tuple[float, float, Tensor]:
+def homes(peers: Peers, rounds: int, peak: float) -> tuple[float, float, Tensor]:
     """Return how far kinds should settle, from 0 to 1, the peak so far, and each peer's home model.
 
     Kinds have different homes, those that their rows weigh most on the whole. -1 for all where
     kinds should not settle or are more than the models, and for a client that is like no other.
 
     Args:
-        peers: n of them. times: how often the round's clients have taken part, in the mean.
-        peak: largest value of `in_common` before.
+        peers: n of them. rounds: that are done. peak: largest value of `in_common` before.
 
     Returns:
         Two numbers, of which the peak is infinite once `in_common` has faded, and (n, b) int64, the
@@ -120,7 +119,7 @@ def homes(peers: Peers, times: float, peak: float) -> tuple[float, float, Tensor
     common = in_common(alike, peers["sketch"])
     peak = max(peak, common)
     far = plainness(alike)
-    if times >= LASTING:
+    if rounds >= LASTING:
         lasts = lasting(common, peak)
         far = max(far, lasts)
         peak = peak if lasts else math.inf

@@ -255,8 +255,7 @@ class FedMerge(Algorithm):
             known = renewed(_peers(shared), seen, self.peers)
             far, peak = 0.0, 0.0
             if self.settle:
-                times = float(count.double().mean())
-                far, peak, known["home"] = homes(known, times, float(shared[PEAK]))
+                far, peak, known["home"] = homes(known, version + 1, float(shared[PEAK]))
             made |= _named(known, far, peak)
         return made, rows
 
