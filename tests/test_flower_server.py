@@ -312,6 +312,26 @@ def test_a_round_is_tried_again_with_the_same_updates(tmp_path: Path) -> None:
     assert torch.equal(server.soup.shared["models"], whole.soup.shared["models"])
 
 
+def test_a_late_reply_to_a_first_attempt_stands_for_nobody_else(tmp_path: Path) -> None:
+    grid, began, asked = grid_of(make_clients(3)), 0.0, 0
+
+    def hold(node: int) -> bool:
+        nonlocal asked, began
+        trained = sum(m.metadata.message_type == "train" for m in grid.pushed)
+        began = began or bool(trained) * time.monotonic()
+        if node == 100:  # too late for the first attempt, and there before the second has begun
+            return bool(trained) and time.monotonic() < began + 1.0
+        asked += node == 102 and trained > 3
+        return node == 102 and trained > 3 and asked < 30
+
+    grid.hold = hold
+    server = serve(tmp_path, grid, clients=3, least=3, rounds=1, deadline=0.5)
+    assert sum(m.metadata.message_type == "train" for m in grid.pushed) == 5
+    assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)]
+    counts = server.soup.rows(["c0", "c1", "c2"])["count"]
+    assert counts.tolist() == [1, 1, 1]
+
+
 def unreachable(message: Any, reply: Any) -> Any:
     """What Flower answers for a node that it has lost, once it has told who it is."""
     if message.metadata.message_type != "train":

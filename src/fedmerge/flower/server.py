@@ -141,12 +141,13 @@ class Server:
         self.soup.abandon()
         number = now.number
         cohort = self._draw(self._gather(now), number)
-        now.cohort = len(cohort)
+        # Late replies to the attempt before, taken while gathering, are of this round, too.
+        now.cohort = len(cohort) + len(now.folded)
         end = time.monotonic() + self.settings.deadline
         every = self.settings.evaluate_every
         evaluated = bool(every) and (number % every == 0 or number == self.settings.rounds)
         waiting = deque(cohort)
-        enough = math.ceil(self.settings.quorum * len(cohort) - 1e-9)
+        enough = math.ceil(self.settings.quorum * now.cohort - 1e-9)
         while time.monotonic() < end and len(now.folded) < enough:
             with now.clock("send"):
                 while waiting and not self._post.full:
@@ -159,9 +160,9 @@ class Server:
             with now.clock("local"):
                 time.sleep(self.settings.poll)
             publish_status(self, now)
-        if len(now.folded) < min(self._least(), len(cohort)):
+        if len(now.folded) < min(self._least(), now.cohort):
             say(
-                f"round {number}: {len(now.folded)} of {len(cohort)} updates, too few; again",
+                f"round {number}: {len(now.folded)} of {now.cohort} updates, too few; again",
                 WARNING,
             )
             return False
