@@ -173,6 +173,11 @@ class Trainer(Protocol):
         """
 
 
+def fine_tuned(start: Tensor, epochs: int, trainer: Trainer) -> Tensor:
+    """Models (k, P) after some epochs at the clients before they are used; as they are for none."""
+    return trainer.fit(start, epochs=epochs, purpose="finetune")[0] if epochs else start
+
+
 @dataclass(frozen=True)
 class Local:
     """What a client has after local training.

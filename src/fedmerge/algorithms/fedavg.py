@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Algorithm, Setup, Tensors, Trainer
+from .base import Algorithm, Setup, Tensors, Trainer, fine_tuned
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,4 @@ class FedAvgFT(Algorithm):
         self._need(finetune=0)
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
-        if not self.finetune:
-            return message[:, 0]
-        return trainer.fit(message[:, 0], epochs=self.finetune, purpose="finetune")[0]
+        return fine_tuned(message[:, 0], self.finetune, trainer)

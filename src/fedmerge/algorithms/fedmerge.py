@@ -25,7 +25,7 @@ from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renew
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
 from ..sums import ModelSum, model_pace
-from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates
+from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates, fine_tuned
 
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
@@ -146,9 +146,7 @@ class FedMerge(Algorithm):
         return merge_rows(shared["models"], weights, setup.layout, out[:, 0])[:, None]
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
-        if not self.finetune:
-            return message[:, 0]
-        return trainer.fit(message[:, 0], epochs=self.finetune, purpose="finetune")[0]
+        return fine_tuned(message[:, 0], self.finetune, trainer)
 
     def _pace(self, rows: Tensors, version: int) -> Tensor:
         missed = (version - rows["last"]).clamp(1, MOST_ROUNDS_MISSED)
