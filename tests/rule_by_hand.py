@@ -147,7 +147,7 @@ class RuleByHand:
 
     def _settled(self, i: str, row: Row) -> Row:
         """The row (b, d) of client i on its way home, if its kind has one."""
-        if not self.kinds or self.round < 5:
+        if not self.kinds:
             return row
         mean = np.mean(list(self.seen_past.values()), axis=0)
 
@@ -185,18 +185,11 @@ class RuleByHand:
             others = [o for o in range(len(names)) if o not in (i, k)]
             alike[i, k] = alike[k, i] = np.corrcoef(cosine[i, others], cosine[k, others])[0, 1]
         positive = np.maximum(alike, 0)
-        self.plain = max(0.0, 1 - (positive * (1 - positive)).sum() / positive.sum() / 0.25)
         last = np.stack([self.last[i][0] for i in names])
         last = last - last.mean(0)
         last = last / np.linalg.norm(last, axis=1, keepdims=True)
         common = (positive**2 * (last @ last.T)).sum() / (positive**2).sum()
         self.peak = max(self.peak, common)
-        far = self.plain
-        if self.round >= 12:
-            left = (common / self.peak - 0.75) / 0.25
-            far = max(far, left)
-            if left <= 0:
-                self.peak = np.inf  # for good
         groups = [[i] for i in range(len(names))]
         while len(groups) > 1:
             mean, one, other = max(
@@ -205,6 +198,18 @@ class RuleByHand:
             if mean < 0.5:
                 break
             groups = [g for g in groups if g not in (one, other)] + [one + other]
+        lead = []
+        for g, i in ((g, i) for g in groups for i in g):
+            mine = [alike[i, k] for k in g if k != i]
+            others = [alike[i, h].mean() for h in groups if h is not g]
+            lead.append(np.mean(mine) - max([0.0, *others]) if mine and others else 0.0)
+        self.plain = min(1.0, max(0.0, (np.mean(lead) - 2 / 3) / (0.8 - 2 / 3)))
+        far = self.plain
+        if self.round >= 12:
+            left = (common / self.peak - 0.75) / 0.25
+            far = max(far, left)
+            if left <= 0:
+                self.peak = np.inf  # for good
         groups = [g for g in groups if len(g) > 1]
         d = len(self.models)
         if far and 1 < len(groups) <= d:

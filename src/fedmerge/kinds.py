@@ -17,15 +17,16 @@ from torch import Tensor
 
 from .peers import Peers, unit
 
-GREY = 0.25
-"""Ambiguity of the likenesses from which on no kinds are seen; plain kinds have .02 to .2."""
+APART = (2 / 3, 0.8)
+"""By how much more clients must resemble their own kind than another: up to the first no kinds are
+seen, from the second on they are plain. Without noise it is 2/3 where kinds have two of three
+factors in common with others; plain kinds have .7 to 1, mixtures mostly .1 to .4."""
 FEWEST = 5
 """Peers from which on likenesses are judged: those of fewer to others say too little."""
 JOIN = 0.5
 """Mean likeness from which on two groups of clients are of one kind."""
 SETTLING = 5
-"""Rounds before any row goes home: the first updates of all clients are much alike. A row that has
-taken part as often makes no steps of its own on its way."""
+"""Participations from which on a row that goes home makes no steps of its own on its way."""
 LASTING = 12
 """Rounds from which on what like clients have in common should have begun to fade."""
 FADING = 0.75
@@ -54,18 +55,6 @@ def likenesses(past: Tensor) -> Tensor:
     return found.clamp(-1, 1).fill_diagonal_(0)
 
 
-def plainness(alike: Tensor) -> float:
-    """Return from 0 to 1 how plainly the likenesses (n, n) say "the same" or "not at all".
-
-    In plain kinds each is near 1 or not above 0. Where kinds share some of what they are, or
-    clients are mixtures, many are in between.
-    """
-    positive = alike.clamp(0, 1)
-    total = float(positive.sum())
-    grey = float((positive * (1 - positive)).sum())
-    return max(0.0, 1 - grey / (GREY * total)) if total > 0 else 0.0
-
-
 def grouped(alike: Tensor) -> Tensor:
     """Return (n,) int64 kinds, from 0: groups joined while their mean likeness is above JOIN."""
     from scipy.cluster.hierarchy import average, fcluster
@@ -74,6 +63,25 @@ def grouped(alike: Tensor) -> Tensor:
     distance = (1 - alike).fill_diagonal_(0).numpy()
     kinds = fcluster(average(squareform(distance, checks=False)), 1 - JOIN, "distance")
     return torch.from_numpy(kinds).long() - 1
+
+
+def plainness(alike: Tensor, kinds: Tensor) -> float:
+    """Return from 0 to 1 how plainly clients belong to their kinds (n,), by their likenesses (n, n).
+
+    It is told by how much more a client resembles the others of its kind than those of the kind
+    that it resembles most after it, on average over clients; one alone of its kind counts as 0.
+    Where kinds share some of what they are, or clients are mixtures, that is little.
+    """
+    member = torch.nn.functional.one_hot(kinds).double()
+    count = member.sum(0)
+    if len(count) < 2:
+        return 0.0
+    total = alike @ member
+    own = total.gather(1, kinds[:, None])[:, 0] / (count[kinds] - 1).clamp_min(1)
+    other = (total / count).scatter(1, kinds[:, None], -1.0).amax(1).clamp_min(0)
+    apart = float(torch.where(count[kinds] > 1, own - other, 0.0).mean())
+    none, plain = APART
+    return min(1.0, max(0.0, (apart - none) / (plain - none)))
 
 
 def in_common(alike: Tensor, sketch: Tensor) -> float:
@@ -118,14 +126,14 @@ def homes(peers: Peers, rounds: int, peak: float) -> tuple[float, float, Tensor]
     alike = likenesses(peers["past"])
     common = in_common(alike, peers["sketch"])
     peak = max(peak, common)
-    far = plainness(alike)
+    kinds = grouped(alike)
+    far = plainness(alike, kinds)
     if rounds >= LASTING:
         lasts = lasting(common, peak)
         far = max(far, lasts)
         peak = peak if lasts else math.inf
     if not far:
         return 0.0, peak, nowhere
-    kinds = grouped(alike)
     several = [k for k, count in enumerate(torch.bincount(kinds).tolist()) if count > 1]
     if not 1 < len(several) <= d:
         return 0.0, peak, nowhere
