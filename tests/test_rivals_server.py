@@ -127,15 +127,28 @@ def test_fedamp_mixes_by_distance() -> None:
     np.testing.assert_allclose(got, xi @ w, rtol=1e-10, atol=1e-12)
 
 
-def test_fedamp_leaves_the_absent_alone_and_one_alone_keeps_its_model() -> None:
-    soup = soup_of(FedAMP())
+def test_fedamp_mixes_what_absent_clients_have_trained_last() -> None:
+    soup = soup_of(FedAMP(sigma=8.0))
     soup.join(names())
     first = soup.setup.initial(0)
-    delta = normal(3, 1, len(first), dtype=F64)
-    one_round(soup, delta, ["c2"])
+    delta = normal(3, 4, len(first), dtype=F64)
+    one_round(soup, delta[:1], ["c2"])
     got = soup.message(names())[:, 0]
-    torch.testing.assert_close(got[2], first - delta[0])
-    assert torch.equal(got[[0, 1, 3, 4]], first.repeat(4, 1))
+    # One alone keeps its model; who has not taken part yet is sent the mean of all.
+    torch.testing.assert_close(got, (first - delta[0]).repeat(K, 1))
+    one_round(soup, delta[1:3], ["c0", "c4"])
+    trained = {2: first - delta[0], 0: got[0] - delta[1], 4: got[4] - delta[2]}
+    one_round(soup, delta[3:], ["c2"])
+    cosine = {k: torch.cosine_similarity(trained[2], trained[k], dim=0) for k in (0, 4)}
+    share = torch.softmax(8.0 * torch.stack([cosine[0], cosine[4]]), 0) * 2 / 3
+    cloud = trained[2] / 3 + share[0] * trained[0] + share[1] * trained[4]
+    trained[2] = cloud - delta[3]
+    got = soup.message(names())[:, 0]
+    torch.testing.assert_close(got[1], torch.stack(list(trained.values())).mean(0))
+    cosine = {k: torch.cosine_similarity(trained[4], trained[k], dim=0) for k in (0, 2)}
+    share = torch.softmax(8.0 * torch.stack([cosine[0], cosine[2]]), 0) * 2 / 3
+    wanted = trained[4] / 3 + share[0] * trained[0] + share[1] * trained[2]
+    torch.testing.assert_close(got[4], wanted)
 
 
 def test_fedamp_trains_from_the_cloud_model_and_is_held_near_it() -> None:

@@ -44,8 +44,8 @@ class APPLE(Gathering):
 
     name: ClassVar[str] = "apple"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"lr": 0.1}, {"core_scale": 3.0}, {"core_scale": 10.0, "lr": 0.1}, {"weight_lr": 0.0001},
-        {"lr": 0.03}, {"mu": 0.01}, {"mu": 1.0}, {"lr": 0.5},
+        {"core_scale": 32.0}, {"lr": 0.1}, {"lr": 0.5}, {"core_scale": 10.0, "lr": 0.1},
+        {"weight_lr": 0.0001}, {"lr": 0.03}, {"mu": 0.01}, {"mu": 1.0},
     )  # fmt: skip
     clients: int | None = None
     downloads: int | None = None

@@ -258,7 +258,9 @@ class Algorithm:
     sends_update: ClassVar[bool] = True
     streams: ClassVar[bool] = False
     sends_by: ClassVar[tuple[str, ...] | None] = None
-    grid: ClassVar[Sequence[Mapping[str, object]]] = ({"lr": 0.1}, {"lr": 0.5}, {"lr": 0.03})
+    grid: ClassVar[Sequence[Mapping[str, object]]] = (
+        {"lr": 1.0}, {"lr": 0.1}, {"lr": 0.5}, {"lr": 0.03},
+    )  # fmt: skip
 
     def resolve(self, n_clients: int | None) -> Self:
         """Return the method with what depends on the number of clients filled in and checked."""

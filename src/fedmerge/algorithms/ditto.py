@@ -28,7 +28,7 @@ class Ditto(Algorithm):
 
     name: ClassVar[str] = "ditto"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"lam": 1.0}, {"lr": 0.1}, {"lam": 0.01}, {"lr": 0.1, "lam": 1.0}, {"lr": 0.5},
+        {"lam": 1.0}, {"lr": 0.1}, {"lr": 0.5}, {"lam": 0.01}, {"lr": 0.1, "lam": 1.0},
         {"lr": 0.1, "lam": 0.01},
     )  # fmt: skip
     lam: float = 0.1

@@ -9,7 +9,8 @@ xi_ij = alpha A'(||w_i - w_j||^2) with A'(x) = exp(-x / sigma) / sigma.
 
 Deviations: sigma of "distance" is in units of the round's mean squared distance, and alpha the
 largest that leaves every client `own` of its own model: absolute values would have to be found anew
-for each network. Only the round's participants attend to each other.
+for each network. Of absent clients the server mixes the models that they trained last; a client that
+has not taken part yet is sent the mean of all.
 """
 
 from __future__ import annotations
@@ -35,19 +36,15 @@ class FedAMP(Gathering):
     Attributes:
         attention: "cosine" or "distance".
         sigma: sharpness of "cosine" (larger: fewer neighbours), width of "distance"; None: 25, 1.
-        own: share xi_ii of a client's own model; None: 1 / participants.
+        own: share xi_ii of a client's own model; None: 1 / clients that have taken part.
         mu: weight of the proximal term.
     """
 
     name: ClassVar[str] = "fedamp"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"sigma": 50.0},
-        {"sigma": 100.0},
-        {"attention": "distance", "sigma": 0.1},
-        {"lr": 0.5},
-        {"sigma": 10.0},
-        {"sigma": 100.0, "mu": 0.1},
-    )
+        {"sigma": 100.0}, {"lr": 0.1}, {"lr": 0.5}, {"sigma": 50.0}, {"sigma": 10.0},
+        {"attention": "distance", "sigma": 0.1}, {"sigma": 100.0, "mu": 0.1},
+    )  # fmt: skip
     attention: str = "cosine"
     sigma: float | None = None
     own: float | None = None
@@ -63,19 +60,36 @@ class FedAMP(Gathering):
             raise ConfigError(f"{self.name}: own = {self.own}: wanted 1 or less")
 
     def cost(self, layout: Layout, n_clients: int) -> Cost:
-        return Cost(client=1, server=0, server_per_client=1)
+        return Cost(client=1, server=1, server_per_client=1)
 
     def shared(self, setup: Setup) -> Tensors:
-        return {}
-
-    def rows(self, setup: Setup, k: int) -> Tensors:
-        return {"cloud": setup.initial(0).repeat(k, 1), **super().rows(setup, k)}
+        return {
+            "initial": setup.initial(0)[None],
+            "models": setup.initial(0)[:0].reshape(0, setup.layout.size),
+            "seen": torch.zeros(0, dtype=torch.bool),
+        }
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         return {"model": setup.initial(0).repeat(k, 1)}
 
+    def _clouds(self, setup: Setup, shared: Tensors, rows: Tensors) -> Tensor:
+        """(k, P): the cloud models of these clients, of what all have trained last."""
+        place, seen = rows["place"], shared["seen"]
+        if not seen.any():
+            return shared["initial"].repeat(len(place), 1)
+        models = shared["models"][seen].double()
+        # Where each is among those seen; the last row is for the others.
+        at = torch.full((max(len(seen), int(place.max()) + 1),), len(models))
+        at[seen.nonzero()[:, 0]] = torch.arange(len(models))
+        xi = self.attended(models[:, : setup.layout.n_params])
+        xi = torch.cat([xi, torch.full((1, len(models)), 1 / len(models), dtype=xi.dtype)])
+        cloud = xi[at[place]] @ models
+        counters = setup.layout.counters
+        cloud[:, counters] = models[:, counters].amax(0)
+        return cloud.to(setup.layout.dtype)
+
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
-        return rows["cloud"][:, None]
+        return self._clouds(setup, shared, rows)[:, None]
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         cloud = message[:, 0]
@@ -86,15 +100,17 @@ class FedAMP(Gathering):
         return memory["model"]
 
     def gather(self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates) -> Tensors:
-        return {"end": setup.layout.end(rows["cloud"], updates.delta)}
+        return {"end": setup.layout.end(self._clouds(setup, shared, rows), updates.delta)}
 
     def renew(
         self, setup: Setup, shared: Tensors, seen: Tensors, version: int
     ) -> tuple[Tensors, Tensors]:
-        end = seen["end"].double()
-        cloud = self.attended(end[:, : setup.layout.n_params]) @ end
-        cloud[:, setup.layout.counters] = end[:, setup.layout.counters]
-        return shared, {"cloud": cloud.to(setup.layout.dtype)}
+        place, old = seen["place"], len(shared["models"])
+        m = max(old, int(place.max()) + 1)
+        models = torch.cat([shared["models"], shared["initial"].repeat(m - old, 1)])
+        met = torch.cat([shared["seen"], torch.zeros(m - old, dtype=torch.bool)])
+        models[place], met[place] = seen["end"], True
+        return {**shared, "models": models, "seen": met}, {}
 
     def attended(self, models: Tensor) -> Tensor:
         """xi (k, k) for trained models (k, n_params) float64; not negative, rows sum to 1."""

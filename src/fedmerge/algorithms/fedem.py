@@ -31,13 +31,9 @@ class FedEM(Components):
 
     name: ClassVar[str] = "fedem"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"lr": 1.0},
-        {"d": 4, "lr": 1.0},
-        {"d": 8, "lr": 1.0},
-        {"d": 2, "lr": 1.0},
-        {"d": 4},
-        {"lr": 0.1},
-    )
+        {"d": 4, "lr": 1.0}, {"lr": 0.1}, {"lr": 1.0}, {"lr": 0.5}, {"d": 8, "lr": 1.0},
+        {"d": 2, "lr": 1.0}, {"d": 4},
+    )  # fmt: skip
 
     def cost(self, layout: Layout, n_clients: int) -> Cost:
         d = self.n_models

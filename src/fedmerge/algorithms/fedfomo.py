@@ -41,12 +41,9 @@ class FedFomo(Gathering):
 
     name: ClassVar[str] = "fedfomo"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"others": 10},
-        {"lr": 0.1},
-        {"decay": 0.0},
-        {"others": 10, "decay": 0.0},
+        {"others": 10}, {"lr": 0.1}, {"lr": 0.5}, {"decay": 0.0}, {"others": 10, "decay": 0.0},
         {"others": 2},
-    )
+    )  # fmt: skip
     others: int | None = None
     epsilon: float = 0.3
     decay: float = 0.05

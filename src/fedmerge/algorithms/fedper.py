@@ -28,7 +28,7 @@ class FedPer(Algorithm):
 
     name: ClassVar[str] = "fedper"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"lr": 0.1}, {"lr": 0.5}, {"lr": 0.03},
+        {"lr": 1.0}, {"lr": 0.1}, {"lr": 0.5}, {"lr": 0.03},
     )  # fmt: skip
 
     def head(self, layout: Layout) -> tuple[int, int]:

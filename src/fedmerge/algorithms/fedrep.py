@@ -32,8 +32,8 @@ class FedRep(FedPer):
     name: ClassVar[str] = "fedrep"
     # The paper's own: ten passes for the head, one to five for the body.
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"lr": 0.1}, {"head_epochs": 5}, {"body_epochs": 1}, {"head_epochs": 5, "lr": 0.1},
-        {"lr": 0.5}, {"body_epochs": 1, "lr": 0.1}, {"lr": 0.03},
+        {"head_epochs": 5}, {"lr": 0.1}, {"lr": 0.5}, {"body_epochs": 1},
+        {"head_epochs": 5, "lr": 0.1}, {"body_epochs": 1, "lr": 0.1}, {"lr": 0.03},
     )  # fmt: skip
     head_epochs: int = 10
     body_epochs: int | None = None

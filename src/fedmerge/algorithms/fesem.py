@@ -5,8 +5,9 @@ Xie, Long, Shen, Zhou, Wang, Jiang and Zhang, "Multi-center federated learning",
 distance; M-step, every centre the mean of its clients' weights; then local training from the
 centre. Deviation: for the first `warm` rounds all clients train one model, and the first E- and
 M-steps are iterated to convergence (k-means), because centres at random are all far from clients
-that start in one place: one of them would take everybody. A client that has not taken part yet is
-sent the mean of all.
+that start in one place: one of them would take everybody. Centres are the means of the round's
+participants, as the weights of absent clients date from other rounds. A client that has not taken
+part yet is sent the mean of all.
 """
 
 from __future__ import annotations
@@ -35,13 +36,8 @@ class FeSEM(Gathering):
 
     name: ClassVar[str] = "fesem"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"d": 8},
-        {"d": 12},
-        {"warm": 1},
-        {"d": 2},
-        {"d": 12, "warm": 10},
-        {"lr": 0.1},
-    )
+        {"d": 8}, {"lr": 0.1}, {"lr": 0.5}, {"d": 12}, {"warm": 1}, {"d": 2}, {"d": 12, "warm": 10},
+    )  # fmt: skip
     d: int | None = None
     warm: int = 5
 

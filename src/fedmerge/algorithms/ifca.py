@@ -30,7 +30,7 @@ class IFCA(Algorithm):
 
     name: ClassVar[str] = "ifca"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"d": 8}, {"lr": 0.1}, {"d": 2}, {"lr": 0.1, "d": 8}, {"d": 12}, {"lr": 0.5},
+        {"d": 8}, {"lr": 0.1}, {"lr": 0.5}, {"d": 2}, {"lr": 0.1, "d": 8}, {"d": 12},
     )  # fmt: skip
     d: int | None = None
     warm: int = 0

@@ -34,13 +34,9 @@ class MoE(Components):
     name: ClassVar[str] = "moe"
     usual: ClassVar[int] = 4
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"lr": 1.0},
-        {"lr": 1.0, "gate_lr": 0.02},
-        {"gate_lr": 0.02},
-        {"d": 8, "lr": 1.0},
-        {"d": 2, "lr": 1.0},
-        {"gate_lr": 1.0},
-    )
+        {"lr": 1.0, "gate_lr": 0.02}, {"lr": 0.1}, {"lr": 1.0}, {"gate_lr": 0.02},
+        {"d": 8, "lr": 1.0}, {"d": 2, "lr": 1.0}, {"gate_lr": 1.0},
+    )  # fmt: skip
     gate_lr: float = 0.1
 
     def __post_init__(self) -> None:

@@ -39,13 +39,9 @@ class PPFL(Components):
     name: ClassVar[str] = "ppfl"
     usual: ClassVar[int] = 4
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"lr": 1.0},
-        {"lr": 1.0, "membership_lr": 0.1},
-        {"membership_lr": 0.1},
-        {"d": 8, "lr": 1.0},
-        {"d": 8, "lr": 1.0, "membership_lr": 0.1},
-        {"d": 2, "lr": 1.0},
-    )
+        {"lr": 1.0, "membership_lr": 0.1}, {"lr": 0.1}, {"lr": 1.0}, {"membership_lr": 0.1},
+        {"d": 8, "lr": 1.0}, {"d": 8, "lr": 1.0, "membership_lr": 0.1}, {"d": 2, "lr": 1.0},
+    )  # fmt: skip
     membership_lr: float = 0.3
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ PRESETS: Mapping[str, Preset] = {
         settings="all,natural",
         methods="all,fedmerge:rule=paper",
         seeds="0-4",
-        trials=2,
+        trials=3,
         tuned_on=12,  # with few, chance decides between points that are nearly as good
         shared={"evaluate_every": 5},
     ),

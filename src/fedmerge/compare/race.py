@@ -17,8 +17,8 @@ from scipy.special import stdtr
 
 from .folder import LOG
 
-HEAT = 4
-"""Seeds that a race goes on with at a time."""
+HEATS = (2, 2, 4, 4)
+"""Seeds that a race goes on with, one after the other: few at first, for points that are far off."""
 OUT = 0.1
 """A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
 Scores = Sequence[float | None]

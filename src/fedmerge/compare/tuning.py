@@ -7,6 +7,7 @@ is reported.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 from ..errors import ConfigError, StateError
 from .cells import TUNED, Cell, chosen_text, group_name, safe
 from .folder import CONFIG, check_config, read_json, read_result, write_json
-from .race import HEAT, contenders, mean, score
+from .race import HEATS, contenders, mean, score
 
 if TYPE_CHECKING:
     from .runner import Outcome
@@ -222,11 +223,10 @@ class Tuning:
         if self._failed.get(group.name):
             return self._choose(group, ())
         field: tuple[int, ...] = tuple(range(len(group.points)))
-        n_seeds, ran = len(group.trials[0]), 0
-        for first in range(0, n_seeds, HEAT):
+        first, ran = 0, 0
+        for last in _heats(len(group.trials[0])):
             if len(field) < 2 and first:
                 break
-            last = min(first + HEAT, n_seeds)
             heat = [trial for point in field for trial in group.trials[point][first:last]]
             ran += len(heat)
             self._ran[group.name] = ran
@@ -236,6 +236,7 @@ class Tuning:
                 self._open[group.name] = {cell.name for cell in todo}
                 return tuple(todo)
             field = contenders({p: self._tried(group, p)[:last] for p in field})
+            first = last
         return self._choose(group, field)
 
     def _tried(self, group: Group, point: int) -> list[float | None]:
@@ -281,6 +282,12 @@ class Tuning:
 
     def _path(self, group: Group) -> Path:
         return self._out / TUNING / f"{group.name}.json"
+
+
+def _heats(n_seeds: int) -> list[int]:
+    """How many seeds have been tried after each heat; what is left over is one more heat."""
+    ends = [end for end in itertools.accumulate(HEATS) if end < n_seeds]
+    return [*ends, n_seeds]
 
 
 def _write_choice(path: Path, group: Group, choice: Choice) -> None:
