@@ -296,7 +296,7 @@ def test_parts_that_are_not_of_a_row_are_refused(parts: tuple[tuple[int, int], .
 
 def test_the_result_has_the_declared_cost() -> None:
     simulation = run("ifca:d=3", rounds=1)
-    declared = simulation.algorithm.cost(simulation.soup.setup.layout, 6)
+    declared = simulation.algorithm.cost(simulation.soup.setup, 6, simulation.training.epochs)
     assert simulation.result()["cost"] == vars(declared)
 
 

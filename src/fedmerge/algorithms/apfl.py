@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..params import Layout
 from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
 
 
@@ -43,8 +42,8 @@ class APFL(Algorithm):
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"{self.name}: alpha = {self.alpha}: wanted 0 to 1")
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        return Cost(client=1 + 1 / layout.size, passes=2)
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        return Cost(client=1 + 1 / setup.layout.size, passes=2)
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         first = setup.initial(0)

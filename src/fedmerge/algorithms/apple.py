@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..params import Layout
 from .base import Cost, Local, Setup, Tensors, Trainer, Updates
 from .gathering import Gathering
 
@@ -69,10 +68,10 @@ class APPLE(Gathering):
     def _limited(self) -> bool:
         return self.downloads is not None and self.downloads < (self.clients or 1) - 1
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         made = self.resolve(n_clients)
         clients = made.clients or 1
-        kept = (clients + 1) / layout.size + (clients if made._limited() else 0)
+        kept = (clients + 1) / setup.layout.size + (clients if made._limited() else 0)
         down = 1.0 + made._turn(torch.zeros(1, 1)).shape[1]
         return Cost(down=down, client=kept, server=0.0, server_per_client=1.0)
 

@@ -203,7 +203,7 @@ class Cost:
     Attributes:
         down, up: received and sent by a client in a round.
         client: kept by each client from round to round.
-        server: kept by the server, whatever the number of clients.
+        server: kept by the server, whatever the number of clients; of a method that grows, at most.
         server_per_client: kept by the server for each client.
         passes: local training, in passes of FedAvg's (gradients computed for each example).
     """
@@ -281,8 +281,13 @@ class Algorithm:
                 wanted += ", at most 1000000"
                 raise ConfigError(f"{self.name}: {option} = {value}: wanted {wanted}")
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        """What the method costs with this model and number of clients, once it is under way."""
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        """What the method costs once it is under way.
+
+        Args:
+            setup: the model and its inputs. n_clients: how many clients there are.
+            epochs: of local training in a round.
+        """
         return Cost()
 
     def travels(self, layout: Layout) -> tuple[tuple[int, int], ...]:

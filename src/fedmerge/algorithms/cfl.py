@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..params import Layout
 from ..sums import ModelSum
 from .base import Cost, Setup, Tensors, Updates
 from .gathering import Gathering
@@ -48,8 +47,10 @@ class CFL(Gathering):
     def __post_init__(self) -> None:
         self._need(eps1=0, eps2=0, warm=0)
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        return Cost(server=2, server_per_client=2 / layout.size)
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        # At most: two clients are not parted, so a tree of 2 n - 3 nodes; a model and a direction each.
+        server = max(2, 4 * n_clients - 6)
+        return Cost(server=server, server_per_client=2 / setup.layout.size)
 
     def shared(self, setup: Setup) -> Tensors:
         models = setup.initial(0)[None]

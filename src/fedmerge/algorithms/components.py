@@ -45,7 +45,7 @@ class Components(Algorithm):
     def update_shape(self, layout: Layout) -> tuple[int, ...]:
         return (self.n_models, layout.size)
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.n_models
         return Cost(down=d, up=d, server=d, passes=d)
 

@@ -13,7 +13,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..local import Proximal
-from ..params import Layout
 from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
 
 
@@ -36,7 +35,7 @@ class Ditto(Algorithm):
     def __post_init__(self) -> None:
         self._need(lam=0)
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         return Cost(client=1, passes=2)
 
     def memory(self, setup: Setup, k: int) -> Tensors:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..local import Training
 from ..params import Layout
 from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
 
@@ -60,11 +59,10 @@ class FedALA(Algorithm):
         owners = list(dict.fromkeys(e.name.rpartition(".")[0] for e in owned))[-self.layers :]
         return min(e.start for e in owned if e.name.rpartition(".")[0] in owners)
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        mixed = layout.n_params - self._mixed_from(layout)
-        # One pass over the share, of a run with the usual number of epochs.
-        passes = 1 + self.share / Training().epochs
-        return Cost(client=1 + (mixed + 1) / layout.size, passes=passes)
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        mixed = setup.layout.n_params - self._mixed_from(setup.layout)
+        passes = 1 + self.share / epochs
+        return Cost(client=1 + (mixed + 1) / setup.layout.size, passes=passes)
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         first = setup.initial(0)

@@ -7,10 +7,10 @@ lambda / alpha. attention = "cosine" is the paper's HeurFedAMP, its version for 
 xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum over h != i of the same. "distance" is FedAMP:
 xi_ij = alpha A'(||w_i - w_j||^2) with A'(x) = exp(-x / sigma) / sigma.
 
-Deviations: sigma of "distance" is in units of the round's mean squared distance, and alpha the
-largest that leaves every client `own` of its own model: absolute values would have to be found anew
-for each network. Of absent clients the server mixes the models that they trained last; a client that
-has not taken part yet is sent the mean of all.
+Deviations: sigma of "distance" is in units of their mean squared distance, and alpha the
+largest that leaves every client `own` of its own model: absolute values would have to be found
+anew for each network. Of absent clients the server mixes the models that they trained last; a
+client that has not taken part yet is sent the mean of all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..local import Proximal
-from ..params import Layout
 from .base import Cost, Local, Setup, Tensors, Trainer, Updates
 from .gathering import Gathering
 
@@ -59,7 +58,7 @@ class FedAMP(Gathering):
         if self.own is not None and self.own > 1:
             raise ConfigError(f"{self.name}: own = {self.own}: wanted 1 or less")
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         return Cost(client=1, server=1, server_per_client=1)
 
     def shared(self, setup: Setup) -> Tensors:

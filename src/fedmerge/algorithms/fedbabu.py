@@ -14,7 +14,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
-from ..params import Layout
 from .base import Cost, Local, Setup, Tensors, Trainer
 from .fedper import FedPer
 
@@ -43,8 +42,8 @@ class FedBABU(FedPer):
         if self.part not in PARTS:
             raise ConfigError(f'{self.name}: part = "{self.part}"{did_you_mean(self.part, PARTS)}')
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        return replace(super().cost(layout, n_clients), client=0.0)
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        return replace(super().cost(setup, n_clients, epochs), client=0.0)
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         return {}

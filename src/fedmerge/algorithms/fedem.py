@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..local import Mixture
-from ..params import Layout
 from .base import Cost, Local, Setup, Tensors, Trainer
 from .components import Components, descend
 
@@ -35,9 +34,9 @@ class FedEM(Components):
         {"d": 2, "lr": 1.0}, {"d": 4},
     )  # fmt: skip
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.n_models
-        return Cost(down=d, up=d, client=d / layout.size, server=d, passes=d)
+        return Cost(down=d, up=d, client=d / setup.layout.size, server=d, passes=d)
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         return {"shares": torch.full((k, self.n_models), 1 / self.n_models)}

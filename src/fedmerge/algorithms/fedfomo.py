@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..params import Layout
 from ..rng import numpy_generator
 from .base import Cost, Local, Setup, Tensors, Trainer, Updates
 from .gathering import Gathering
@@ -57,8 +56,8 @@ class FedFomo(Gathering):
         most = 5 if self.others is None else self.others
         return replace(self, others=most if n_clients is None else min(most, n_clients - 1))
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        per_client = 1 + n_clients / layout.size
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        per_client = 1 + n_clients / setup.layout.size
         return Cost(down=self.others or 0, client=2, server=1, server_per_client=per_client)
 
     def shared(self, setup: Setup) -> Tensors:

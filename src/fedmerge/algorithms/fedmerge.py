@@ -20,7 +20,6 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..kinds import SETTLING, homes, settled
 from ..merging import FLOOR, block_scores, eg_row_step, merge_rows, merging_weights
-from ..params import Layout
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
@@ -94,14 +93,16 @@ class FedMerge(Algorithm):
     def _leaves_out(self) -> bool:
         return self.leave_one_out is not False
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.d or 12
-        b = len(layout.blocks)
+        b = len(setup.layout.blocks)
         sketch = 4 * self.sketch  # bytes
         known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
         own, past = 2 * self.sketch + 4, self.sketch + 4
         client = b * d * (8 + own * self._leaves_out) + b * past * bool(self.peers)
-        return Cost(server=d + known / layout.n_bytes, server_per_client=client / layout.n_bytes)
+        return Cost(
+            server=d + known / setup.layout.n_bytes, server_per_client=client / setup.layout.n_bytes
+        )
 
     def shared(self, setup: Setup) -> Tensors:
         centre = setup.initial(0)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..local import Proximal
 from ..merging import block_scores, merge_rows, merging_weights, paper_row_step
-from ..params import Layout
 from ..sums import ModelSum
 from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
 
@@ -47,9 +46,9 @@ class FedMergePaper(Algorithm):
         made = super().resolve(n_clients)
         return made if made.d else replace(made, d=min(5, n_clients or 5))
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.d or 5
-        return Cost(server=d, server_per_client=8 * d / layout.n_bytes)
+        return Cost(server=d, server_per_client=8 * d / setup.layout.n_bytes)
 
     def shared(self, setup: Setup) -> Tensors:
         return {"models": torch.stack([setup.initial(j) for j in range(self.d or 5)])}

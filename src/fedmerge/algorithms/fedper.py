@@ -45,9 +45,9 @@ class FedPer(Algorithm):
         start, stop = self.head(layout)
         return tuple(part for part in ((0, start), (stop, layout.size)) if part[0] < part[1])
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        start, stop = self.head(layout)
-        kept = (stop - start) / layout.size
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        start, stop = self.head(setup.layout)
+        kept = (stop - start) / setup.layout.size
         return Cost(down=1 - kept, up=1 - kept, client=kept)
 
     def shared(self, setup: Setup) -> Tensors:

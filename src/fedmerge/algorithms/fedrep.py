@@ -13,8 +13,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..local import Training
-from ..params import Layout
 from .base import Cost, Setup, Trainer
 from .fedper import FedPer
 
@@ -41,11 +39,9 @@ class FedRep(FedPer):
     def __post_init__(self) -> None:
         self._need(head_epochs=1, body_epochs=1)
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        # Of a run with the usual number of epochs: a method does not know the run's.
-        usual = Training().epochs
-        passes = (self.head_epochs + (self.body_epochs or usual)) / usual
-        return replace(super().cost(layout, n_clients), passes=passes)
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        passes = (self.head_epochs + (self.body_epochs or epochs)) / epochs
+        return replace(super().cost(setup, n_clients, epochs), passes=passes)
 
     def train(self, setup: Setup, start: Tensor, trainer: Trainer) -> tuple[Tensor, Tensor]:
         head = self.head(setup.layout)

@@ -19,7 +19,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..params import Layout
 from .base import Cost, Setup, Tensors, Updates
 from .gathering import Gathering
 from .kmeans import k_means
@@ -48,8 +47,8 @@ class FeSEM(Gathering):
         made = super().resolve(n_clients)
         return made if made.d else replace(made, d=min(4, n_clients or 4))
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
-        return Cost(server=(self.d or 4) + 1, server_per_client=2 / layout.size)
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
+        return Cost(server=(self.d or 4) + 1, server_per_client=2 / setup.layout.size)
 
     def shared(self, setup: Setup) -> Tensors:
         # The last one is the mean of all clients.

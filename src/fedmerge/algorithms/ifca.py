@@ -14,7 +14,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..params import Layout
 from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
 from .kmeans import k_means
 
@@ -42,7 +41,7 @@ class IFCA(Algorithm):
         made = super().resolve(n_clients)
         return made if made.d else replace(made, d=min(4, n_clients or 4))
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.d or 1
         return Cost(down=d, server=d)
 

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..params import Layout
 from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
 
 
@@ -22,7 +21,7 @@ class LocalOnly(Algorithm):
     name: ClassVar[str] = "local"
     sends_update: ClassVar[bool] = False
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         return Cost(down=0, up=0, client=1, server=0)
 
     def shared(self, setup: Setup) -> Tensors:

@@ -8,7 +8,6 @@ and never leaves the client, so that clients with conflicting labels can use oth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..local import Mixture
-from ..params import Layout
 from .base import Cost, Local, Setup, Tensors, Trainer
 from .components import Components, descend
 
@@ -42,11 +40,10 @@ class MoE(Components):
     def __post_init__(self) -> None:
         self._need(d=1, gate_lr=0)
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.n_models
-        # The layout knows the inputs of the first layer; of the model, if that layer is dense.
-        gate = d * (math.prod(layout.entries[0].shape[1:]) + 1)
-        return Cost(down=d, up=d, client=gate / layout.size, server=d, passes=d)
+        gate = d * (setup.n_inputs + 1)
+        return Cost(down=d, up=d, client=gate / setup.layout.size, server=d, passes=d)
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         if not setup.n_inputs:

@@ -50,9 +50,11 @@ class PPFL(Components):
     def update_shape(self, layout: Layout) -> tuple[int, ...]:
         return (layout.size,)
 
-    def cost(self, layout: Layout, n_clients: int) -> Cost:
+    def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.n_models
-        return Cost(down=d, up=1 + d / layout.size, client=d / layout.size, server=d, passes=2)
+        return Cost(
+            down=d, up=1 + d / setup.layout.size, client=d / setup.layout.size, server=d, passes=2
+        )
 
     def memory(self, setup: Setup, k: int) -> Tensors:
         return {"membership": torch.full((k, self.n_models), 1 / self.n_models)}

@@ -17,6 +17,7 @@ import torch
 
 from ..data.clients import ClientRow
 from ..errors import StateError
+from ..local import Training
 from ..sim.evaluation import Evaluation, better
 from ..sim.log import SPLITS, Measured, RoundLog
 from ..sim.results import summarise_run
@@ -197,7 +198,8 @@ def result(settings: ServerConfig, soup: Soup, progress: Progress) -> dict[str, 
         soup.weights(),
         soup.setup.layout.blocks,
         None,
-        soup.algorithm.cost(soup.setup.layout, len(clients)),
+        # How many epochs a client trains is its own affair.
+        soup.algorithm.cost(soup.setup, len(clients), Training().epochs),
     )
     seconds = sum(sum(log.seconds.values()) for log in progress.history)
     named = {"setting": "natural", "data": "federation", "method": settings.method}

@@ -372,7 +372,7 @@ class Simulation:
             weights,
             layout.blocks,
             self.importance(),
-            self.algorithm.cost(layout, len(self.clients)),
+            self.algorithm.cost(self.soup.setup, len(self.clients), self.training.epochs),
         )
 
     def importance(self) -> Tensor | None:
