@@ -199,9 +199,9 @@ class RuleByHand:
                 break
             groups = [g for g in groups if g not in (one, other)] + [one + other]
         lead = []
-        for g, i in ((g, i) for g in groups for i in g):
-            mine = [alike[i, k] for k in g if k != i]
-            others = [alike[i, h].mean() for h in groups if h is not g]
+        for members, i in ((g, i) for g in groups for i in g):
+            mine = [alike[i, k] for k in members if k != i]
+            others = [alike[i, h].mean() for h in groups if h is not members]
             lead.append(np.mean(mine) - max([0.0, *others]) if mine and others else 0.0)
         self.plain = min(1.0, max(0.0, (np.mean(lead) - 2 / 3) / (0.8 - 2 / 3)))
         far = self.plain

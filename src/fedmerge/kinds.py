@@ -66,7 +66,7 @@ def grouped(alike: Tensor) -> Tensor:
 
 
 def plainness(alike: Tensor, kinds: Tensor) -> float:
-    """Return from 0 to 1 how plainly clients belong to their kinds (n,), by their likenesses (n, n).
+    """Return from 0 to 1 how plainly clients belong to their kinds (n,), given how alike (n, n).
 
     It is told by how much more a client resembles the others of its kind than those of the kind
     that it resembles most after it, on average over clients; one alone of its kind counts as 0.
