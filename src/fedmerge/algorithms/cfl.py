@@ -48,7 +48,7 @@ class CFL(Gathering):
         self._need(eps1=0, eps2=0, warm=0)
 
     def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
-        # At most: a tree of 2 n - 3 nodes (two clients are not parted), a model and a direction each.
+        # At most: a tree of 2 n - 3 nodes (two clients stay together), with two models each.
         server = max(2, 4 * n_clients - 6)
         return Cost(server=server, server_per_client=2 / setup.layout.size)
 
