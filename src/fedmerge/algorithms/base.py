@@ -205,7 +205,8 @@ class Cost:
         client: kept by each client from round to round.
         server: kept by the server, whatever the number of clients; of a method that grows, at most.
         server_per_client: kept by the server for each client.
-        passes: local training, in passes of FedAvg's (gradients computed for each example).
+        passes: local training in a round, in passes of FedAvg's (gradients computed for each
+            example). Fine-tuning before a model is used is not in it, nor are models only judged.
     """
 
     down: float = 1.0
