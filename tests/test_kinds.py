@@ -14,6 +14,7 @@ from fedmerge import ConfigError, FedMerge, Soup
 from fedmerge.kinds import (
     FEWEST,
     LASTING,
+    SETTLING,
     directions,
     grouped,
     homes,
@@ -269,7 +270,7 @@ def play(
     return soup, hand
 
 
-@pytest.mark.parametrize(("noise", "fades"), [(2.3, False), (1.6, True)])
+@pytest.mark.parametrize(("noise", "fades"), [(2.2, False), (1.6, True)])
 def test_rows_of_kinds_settle_as_by_hand(noise: float, fades: bool) -> None:
     soup, hand = play(FedMerge(d=4), noise=noise, graded=0.3, fades=fades)
     assert len(hand.kinds) == 3
@@ -284,6 +285,12 @@ def test_rows_of_kinds_settle_as_by_hand(noise: float, fades: bool) -> None:
     np.testing.assert_allclose(soup.shared["models"], hand.models, rtol=1e-4, atol=1e-6)
     without = play(FedMerge(d=4, settle=0))[0].weights(list(hand.weights))
     assert float((weights - without).abs().max()) > 0.1
+
+
+def test_no_row_goes_home_in_the_first_rounds() -> None:
+    one, other = (play(FedMerge(d=4, settle=s), SETTLING)[0] for s in (0.0, 1.0))
+    assert torch.equal(one.shared["models"], other.shared["models"])
+    assert float(other.shared["settled"]) > 0.5
 
 
 def test_a_share_above_one_is_refused() -> None:

@@ -214,7 +214,7 @@ class FedMerge(Algorithm):
             return logits
         logits = drawn(logits, likeness(part["sketch"], place, known), known, self.pull)
         share = self.settle * float(shared[SETTLED])
-        if not share:
+        if not share or version < SETTLING:
             return logits
         # What leads astray once a kind has learned what it shares is a late step's noise: rows that
         # have taken part less often go home and make their own steps as well.
