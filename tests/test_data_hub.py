@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -304,6 +305,57 @@ def test_texts_numbers_and_values_of_the_hub(tmp_path: Path) -> None:
         load_hub(path, x="text+a", y="kind")
     with pytest.raises(DataError, match='column "gap": wanted labels, names or numbers, all of'):
         load_hub(path, x="a", y="gap")
+
+
+def images_on_disk(path: Path, images: list[object]) -> str:
+    from datasets import Image, Value
+
+    labels: list[object] = [i // 4 % 2 for i in range(len(images))]
+    features = {"image": Image(), "label": Value("int64")}
+    return save(path, {"image": images, "label": labels}, features)
+
+
+def grey16(value: int) -> object:
+    from PIL import Image
+
+    return Image.fromarray(np.full((8, 8), value, np.uint16))
+
+
+def test_images_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    path = images_on_disk(tmp_path / "x", [grey16(5000 * i) for i in range(8)])
+    found = load_hub(path).x
+    assert found.shape == (8, 1, 8, 8)
+    assert found[:, 0, 3, 5].tolist() == pytest.approx([5000 * i / 65535 for i in range(8)])
+    assert load_hub(path, size=4).x.mean(dim=(1, 2, 3)).tolist() == pytest.approx(
+        [5000 * i / 65535 for i in range(8)]
+    )
+
+
+def floats() -> object:
+    """An image of floats, whose range no reader can know."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("F", (8, 8), 0.5).save(file, "tiff")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (lambda: grey16(3000), "mode L and, in example 5, I;16, wanted all of 8 bits or all of"),
+        (floats, "images of mode L and, in example 5, F, wanted"),
+        (lambda: {"bytes": b"none", "path": None}, "image of example 5 cannot be read; mend it"),
+    ],
+)
+def test_images_that_cannot_be_used(tmp_path: Path, odd: Any, message: str) -> None:
+    images = [image(i, mode="L") for i in range(8)]
+    images[5] = odd()
+    path = images_on_disk(tmp_path / "x", images)
+    with pytest.raises(DataError, match=f'data ".*x", column "image": .*{message}'):
+        load_hub(path)
 
 
 def test_a_folder_of_another_kind(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ network, only what is cached or on disk can be loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_m
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
+
+DEEP = ("I;16", "I;16L", "I;16B")
+"""Pillow's modes of grey images with 16 bits a pixel."""
 
 
 def load_hub(
@@ -172,23 +176,43 @@ def _inputs(
 
 
 def _images(path: str, table: Table, column: str, size: int | None) -> NDArray[np.float32]:
-    first = table[0][column]
-    mode = "L" if first.mode in ("1", "L", "LA", "I", "I;16", "F") else "RGB"
+    where = f'data "{path}", column "{column}"'
+    images = _decoded(where, table[column])
+    first = next(images)
+    deep = first.mode in DEEP
+    grey = deep or first.mode in ("1", "L", "LA")
     shape = (size, size) if size is not None else first.size
     # Filled row by row: a list of images beside the array would need the memory twice.
-    channels = () if mode == "L" else (3,)
-    pixels = np.empty((len(table), shape[1], shape[0], *channels), np.uint8)
-    for i, image in enumerate(table[column]):
+    channels = () if grey else (3,)
+    pixels = np.empty((len(table), shape[1], shape[0], *channels), np.uint16 if deep else np.uint8)
+    for i, image in enumerate(chain([first], images)):
+        if image.mode in ("I", "F") or (image.mode in DEEP) != deep:
+            raise DataError(
+                f"{where}: images of mode {first.mode} and, in example {i}, {image.mode}, wanted "
+                "all of 8 bits or all of 16 bits a pixel; convert them"
+            )
         if size is not None:
             image = image.resize(shape)
         elif image.size != shape:
             raise DataError(
-                f'data "{path}", column "{column}": images of {shape} and of {image.size} pixels, '
+                f"{where}: images of {shape} and of {image.size} pixels, "
                 "wanted one size; give the option size, for example size=32"
             )
-        pixels[i] = np.asarray(image.convert(mode))
-    placed = pixels[:, None] if mode == "L" else np.moveaxis(pixels, -1, 1)
-    return np.divide(placed, np.float32(255), dtype=np.float32)
+        # Converting 16 bits to 8 would cut off all above 255.
+        pixels[i] = np.asarray(image if deep else image.convert("L" if grey else "RGB"))
+    placed = pixels[:, None] if grey else np.moveaxis(pixels, -1, 1)
+    return np.divide(placed, np.float32(np.iinfo(pixels.dtype).max), dtype=np.float32)
+
+
+def _decoded(where: str, column: Collection[Any]) -> Iterator[Any]:
+    images = iter(column)
+    for i in range(len(column)):
+        try:
+            yield next(images)
+        except (OSError, SyntaxError):  # Pillow's, for content that it cannot read.
+            raise DataError(
+                f"{where}: the image of example {i} cannot be read; mend it, or drop the example"
+            ) from None
 
 
 def _targets(path: str, table: Table, column: str) -> tuple[NDArray[Any], int]:
