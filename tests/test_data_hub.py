@@ -73,7 +73,39 @@ def test_texts_with_a_header(tmp_path: Path) -> None:
     assert data.y[:3].tolist() == [2, 0, 1]
     path.write_text("text\trating\nfine\t2\nso so\t0.1\npoor\t-3\n")
     data = load_text(str(path))
-    assert (data.owners, data.y.tolist()) == (("t",), [1, 0])
+    assert (data.owner, data.y.tolist()) == (None, [1, 0])
+
+
+def test_the_clients_of_texts(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    rows = [f"text {i}\t{i // 2 % 2}\t{('x', 'y')[i % 2]}" for i in range(24)]
+
+    def write(*header: str) -> str:
+        path.write_text("\n".join(["\t".join(header), *rows]) + "\n")
+        return str(path)
+
+    for column in ("client", "domain"):
+        assert load_text(write("text", "label", column)).owners == ("x", "y")
+    write("text", "label", "shop")
+    assert load_text(str(path), client="shop").owners == ("x", "y")
+    fed = make_federation(f"text:{path}:client=shop", "natural", seed=0)
+    assert [client.id for client in fed.clients] == ["x", "y"]
+    # Without a word about the column, one file would be one client.
+    with pytest.raises(DataError, match=r'no clients of its own; .* say so by "client=COLUMN"'):
+        make_federation(f"text:{path}", "natural", seed=0)
+    with pytest.raises(DataError, match='no column "shops"; did you mean "shop"'):
+        load_text(str(path), client="shops")
+    path.write_text("1\tfine\n")
+    with pytest.raises(DataError, match='no header, wanted one with the column "shop"'):
+        load_text(str(path), client="shop")
+
+
+def test_untidy_texts(tmp_path: Path) -> None:
+    """Spaces around names, a mark of the encoding, blank lines, and one text that is a book."""
+    path = tmp_path / "t.tsv"
+    lines = ["\ufefftext \t label", "fine\t1", "", "x " * 100_000 + "\t0", ' "a\t1', "", "\t"]
+    path.write_text("\r\n".join(lines), encoding="utf-8")
+    assert load_text(str(path)).y.tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +113,11 @@ def test_texts_with_a_header(tmp_path: Path) -> None:
     [
         ("text\tlable\na\tb\n", 'no column "rating" or "label"; did you mean "lable"'),
         ("text\tlabel\na\n", "row 2: 1 cells, wanted 2"),
+        ("text\tlabel\n\na\tb\tc\n", "row 3: 3 cells, wanted 2"),
         ("text\tlabel\na\t \n", "row 2: no label or client"),
+        ("review\tlabel\na\tb\n", 'no column "text"; choose from label, review'),
+        ("Text\tLabel\na\tb\n", 'no column "text"; did you mean "Text"'),
+        ("text\tlabel\ncaf\xe9\tb\n", "not readable as UTF-8 text .* save it so"),
         ("1\tmuch\tfine\n", 'row 1: rating "much", wanted a finite number'),
         ("just a line\n", "no texts with a tab"),
         ("1\t0.2\tfine\n", "all ratings are nearer to 0 than 0.5"),
@@ -89,7 +125,7 @@ def test_texts_with_a_header(tmp_path: Path) -> None:
 )
 def test_texts_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "t.tsv"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=message):
         load_text(str(path))
     with pytest.raises(DataError, match="cannot be read"):

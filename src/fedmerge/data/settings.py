@@ -89,8 +89,9 @@ def make_federation(
     dataset = load_source(data)
     if name == NATURAL and dataset.owner is None:
         raise DataError(
-            f'setting "natural": data "{data}" has no clients of its own; give a folder of .npz '
-            f"files or a table, or choose from {', '.join(sorted(SETTINGS))}"
+            f'setting "natural": data "{data}" has no clients of its own; where a column '
+            'names them, say so by "client=COLUMN"; otherwise choose from '
+            f"{', '.join(sorted(SETTINGS))}, or give other data"
         )
     clients = PARTITIONS[name](
         dataset, n_clients, seed=seed, train_fraction=train_fraction, **values
