@@ -394,6 +394,56 @@ def test_images_that_cannot_be_used(tmp_path: Path, odd: Any, message: str) -> N
         load_hub(path)
 
 
+FLOATS, GAP = [[1.0, 2.0]] * 8, [None, *[[1.0, 2.0]] * 7]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"x": GAP}, {}, 'column "x": example 0 has none, wanted one in each'),
+        ({"x": ["a", None, *"cdefgh"]}, {}, 'column "x": example 1 has none'),
+        ({"x": FLOATS, "u": [None, *"abababa"]}, {"client": "u"}, 'column "u": example 0 has none'),
+        ({"x": FLOATS, "label": [*range(7), 2_000_000]}, {}, "label 2000000: wanted less than"),
+        ({"x": [], "label": []}, {}, "no examples, wanted some"),
+    ],
+)
+def test_columns_that_cannot_be_used(
+    tmp_path: Path, columns: dict[str, list[object]], options: dict[str, str], message: str
+) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"label": [0, 1] * 4, **columns}).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(DataError, match=message):
+        load_hub(str(tmp_path / "d"), x="x", **options)  # type: ignore[arg-type]
+
+
+def test_an_image_that_is_not_there(tmp_path: Path) -> None:
+    path = images_on_disk(tmp_path / "x", [image(1), None, image(2)])
+    with pytest.raises(DataError, match='column "image": example 1 has none'):
+        load_hub(path)
+
+
+def test_classes_may_have_no_example_where_they_have_names(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Value
+
+    columns: dict[str, list[object]] = {"x": [0.5] * 4, "label": [0, 1, 0, 1]}
+    features = {"x": Value("float32"), "label": ClassLabel(num_classes=62)}
+    assert load_hub(save(tmp_path / "d", columns, features), x="x").n_outputs == 62
+
+
+def test_splits_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    parts = {
+        name: Dataset.from_dict({"x": [0.5] * 4, "label": labels})
+        for name, labels in (("train", [0, 1, 0, 1]), ("test", list("abab")))
+    }
+    DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(DataError, match="columns of different types; choose one of train, test"):
+        load_hub(str(tmp_path / "d"), x="x")
+    assert len(load_hub(str(tmp_path / "d"), x="x", split="test")) == 4
+
+
 def test_a_folder_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be loaded .*folder written by save_to_disk"):
         load_hub(str(tmp_path))
@@ -442,6 +492,9 @@ def test_borrowed_partitioners() -> None:
     assert (skewed > 0).sum(axis=1).mean() + 2 < (even_more > 0).sum(axis=1).mean()
     assert np.array_equal(skewed, counts("flwr:DirichletPartitioner:alpha=0.1"))
     assert not np.array_equal(skewed, counts("flwr:DirichletPartitioner:alpha=0.1", seed=1))
+    # The seed is the run's unless the partitioner is given one.
+    fixed = counts("flwr:DirichletPartitioner:alpha=0.1:seed=5")
+    assert not np.array_equal(skewed, fixed)
     sizes = counts("flwr:SizePartitioner:partition_sizes=[40,30,20]", 3).sum(axis=1)
     assert sizes.tolist() == [40, 30, 20]
 
@@ -469,6 +522,8 @@ def test_values_are_partitioned_too() -> None:
         ("flwr:DirichletPartitionr:alpha=1", 'no such partitioner; did you mean "DirichletPart'),
         ("flwr:VerticalEvenPartitioner", "no such partitioner"),
         ("flwr:Dirichlet:alfa=1", 'unknown option "alfa"; did you mean "alpha"'),
+        ("flwr:Iid:train_fraction=0.5", 'unknown option "train_fraction"'),
+        ("flwr:Iid:dataset=digits", 'unknown option "dataset"'),
         ("flwr:Dirichlet", 'needs alpha; say "flwr:Dirichlet:alpha=..."'),
         ("flwr:Dirichlet:alpha=-1", "flwr:Dirichlet"),
         ("flwr:Dirichlet:alpha=1:partition_by=labl", "flwr:Dirichlet"),

@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -32,7 +33,7 @@ def partition_flwr(
     seed: int,
     train_fraction: float = 0.5,
     path: str,
-    **options: str,
+    options: Mapping[str, str] | None = None,
 ) -> tuple[Client, ...]:
     """Return clients with the examples that a partitioner of flwr-datasets gives them.
 
@@ -48,6 +49,7 @@ def partition_flwr(
         for name, parameter in inspect.signature(kind).parameters.items()
         if name != "self"
     }
+    options = options or {}
     for key in options:
         if key not in parameters:
             raise ConfigError(

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedmerge.data.sources import Dataset, owned
+from fedmerge.data.splits import count_classes
 from fedmerge.data.text import embedded, hashed_words
 from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 
@@ -61,11 +62,14 @@ def load_hub(
                 raise DataError(
                     f'data "{path}": no column "{wanted}"{did_you_mean(wanted, table.column_names)}'
                 )
+        if not len(table):
+            raise DataError(f'data "{path}": no examples, wanted some; check its splits')
+        for column in (*columns, *([] if client is None else [client])):
+            if column == client or not _is_number(table.features[column]):
+                _need_all(path, table, column)
         owner = None if client is None else [str(name) for name in table[client]]
         if clients is not None:
             table, owner = _first_clients(path, table, owner, clients)
-        if not len(table):
-            raise DataError(f'data "{path}": no examples, wanted some; check its splits')
         inputs = _inputs(path, table, columns, size, features, model)
         labels, n_outputs = _targets(path, table, y)
     name = Path(path).name
@@ -111,6 +115,8 @@ def _table(path: str, config: str | None, split: str | None) -> Table:
             f"python -c \"import datasets; datasets.load_dataset('{path}').save_to_disk('FOLDER')\""
             ", and give the folder as the option path=FOLDER"
         ) from None
+    except IndexError:  # Their own reader's, for a saved set without any example.
+        raise DataError(f'data "{path}": no examples, wanted some') from None
     except (OSError, ValueError) as error:
         what = " ".join(str(error).split())
         raise DataError(
@@ -122,10 +128,32 @@ def _table(path: str, config: str | None, split: str | None) -> Table:
             raise ConfigError(f'data "{path}": split "{split}", but it has no splits; leave it out')
         return loaded
     if split is None:
-        return datasets.concatenate_datasets(list(loaded.values()))
+        try:
+            return datasets.concatenate_datasets(list(loaded.values()))
+        except ValueError:
+            raise DataError(
+                f'data "{path}": its splits have columns of different types; choose one of '
+                f"{', '.join(loaded)} with the option split"
+            ) from None
     if split not in loaded:
         raise ConfigError(f'data "{path}": no split "{split}"{did_you_mean(split, loaded)}')
     return loaded[split]
+
+
+def _is_number(feature: object) -> bool:
+    """Whether a column has one number an example, where a missing one can be filled in."""
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype.startswith(("int", "uint", "float", "bool"))
+
+
+def _need_all(path: str, table: Table, column: str) -> None:
+    """Raise DataError where an example has nothing in `column`."""
+    at = table.data.column(column).is_null().index(True).as_py()
+    if at >= 0:
+        raise DataError(
+            f'data "{path}", column "{column}": example {at} has none, wanted one in each; fill it '
+            "in, or leave such examples out with the filter method of datasets"
+        )
 
 
 def _first_clients(
@@ -226,8 +254,9 @@ def _targets(path: str, table: Table, column: str) -> tuple[NDArray[Any], int]:
     if values.ndim == 1 and values.dtype.kind in "iub":
         if values.dtype.kind == "i" and values.min() < 0:
             raise DataError(f'data "{path}", column "{column}": label {values.min()}, wanted 0 up')
-        named = feature.num_classes if isinstance(feature, datasets.ClassLabel) else 0
-        return values.astype(np.int64), max(named, int(values.max()) + 1)
+        if isinstance(feature, datasets.ClassLabel):
+            return values.astype(np.int64), feature.num_classes
+        return values.astype(np.int64), count_classes(int(values.max()), len(values))
     if values.ndim in (1, 2) and values.dtype.kind == "f":
         targets = values.astype(np.float32).reshape(len(values), -1)
         return targets, targets.shape[1]

@@ -83,8 +83,9 @@ def make_federation(
         )
     if n_clients is None and name in SETTINGS:
         raise ConfigError(f'clients: none given, wanted a number for the setting "{setting}"')
-    values: dict[str, object] = {**options}
-    if name != FLWR:
+    if name == FLWR:  # The options are the partitioner's own, which checks them itself.
+        values: dict[str, object] = {PATH: options.pop(PATH), "options": options}
+    else:
         values = convert(setting, "setting", PARTITIONS[name], options, hidden=COMMON)
     dataset = load_source(data)
     if name == NATURAL and dataset.owner is None:
