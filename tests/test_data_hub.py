@@ -449,11 +449,41 @@ def test_a_folder_of_another_kind(tmp_path: Path) -> None:
         load_hub(str(tmp_path))
 
 
+def test_a_folder_of_parquet_files_as_the_hub_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    repository = tmp_path / "small"
+    for part, n in (("train", 12), ("test", 4)):
+        columns = {"x": [float(i) for i in range(n)], "label": [0, 1] * (n // 2)}
+        table = datasets.Dataset.from_dict(columns)
+        table.to_parquet(repository / "data" / f"{part}-00000-of-00001.parquet")
+    assert len(load_hub(str(repository), x="x")) == 16
+    assert load_hub(str(repository), x="x", split="test").x.flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_a_format_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_dict({"x": [0.5] * 4, "label": [0, 1, 0, 1]}).to_parquet("mine.parquet")
+    with pytest.raises(DataError, match='data "parquet": a format, no data set; give the folder'):
+        load_hub("parquet", x="x")
+
+
+def test_a_saved_set_has_one_configuration(tmp_path: Path) -> None:
+    path = images_on_disk(tmp_path / "x", [image(1)])
+    with pytest.raises(ConfigError, match='config "en", but a saved set has one; leave it out'):
+        load_hub(path, config="en")
+
+
 def test_without_network_there_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     """In a process of its own: whether there is a network is read when the library is imported."""
     source = Path(__file__).parents[1] / "src"
     found = subprocess.run(
-        [sys.executable, "-m", "fedmerge", "data", "natural", "--data", "femnist"],
+        [sys.executable, "-m", "fedmerge", "data", "natural", "--data", "femnist:config=half"],
         env={
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -467,7 +497,8 @@ def test_without_network_there_is_one_line_that_says_what_to_do(tmp_path: Path) 
     assert found.returncode == 2
     assert found.stdout == ""
     (line,) = found.stderr.splitlines()
-    assert 'data "flwrlabs/femnist": the Hugging Face hub cannot be reached' in line
+    assert "no such folder, and the Hugging Face hub cannot be reached" in line
+    assert "load_dataset('flwrlabs/femnist', 'half')" in line
     assert "save_to_disk" in line
 
 

@@ -6,6 +6,7 @@ network, only what is cached or on disk can be loaded.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_m
 if TYPE_CHECKING:
     from datasets import Dataset as Table
 
+SAVED = ("dataset_dict.json", "state.json")
+"""Files of which a folder written by `save_to_disk` has one."""
+
 DEEP = ("I;16", "I;16L", "I;16B")
 """Pillow's modes of grey images with 16 bits a pixel."""
 
@@ -42,8 +46,9 @@ def load_hub(
     model: str | None = None,
     standardise: bool = False,
 ) -> Dataset:
-    """Return the data set `path` of the hub, or of a folder written by `save_to_disk`.
+    """Return the data set `path` of the hub, or of a folder.
 
+    The folder is one written by `save_to_disk`, or has parquet files as the hub keeps them.
     x: column of images, texts, or rows of numbers, or several columns of single numbers divided
     by "+". y: column of labels or values. client: column that names each example's client, or
     None. config, split: the hub's names; without a split, all are put together. clients: keep the
@@ -104,24 +109,36 @@ def quiet() -> Iterator[None]:
 def _table(path: str, config: str | None, split: str | None) -> Table:
     import datasets
 
-    try:
-        if Path(path).is_dir():
-            loaded = datasets.load_from_disk(path)
-        else:
-            loaded = datasets.load_dataset(path, name=config)
-    except ConnectionError:
+    saved = any((Path(path) / name).exists() for name in SAVED)
+    if saved and config is not None:
+        raise ConfigError(
+            f'data "{path}": config "{config}", but a saved set has one; leave it out'
+        )
+    named = path.isidentifier() and not Path(path).is_dir()
+    # The name of a format would take whatever files there are in the current folder.
+    if named and importlib.util.find_spec(f"datasets.packaged_modules.{path}") is not None:
         raise DataError(
-            f'data "{path}": the Hugging Face hub cannot be reached; where it can, save it by '
-            f"python -c \"import datasets; datasets.load_dataset('{path}').save_to_disk('FOLDER')\""
-            ", and give the folder as the option path=FOLDER"
+            f'data "{path}": a format, no data set; give the folder of the files, or a name on the '
+            "Hugging Face hub"
+        )
+    try:
+        loaded = (
+            datasets.load_from_disk(path) if saved else datasets.load_dataset(path, name=config)
+        )
+    except ConnectionError:
+        call = ", ".join(f"'{part}'" for part in (path, config) if part is not None)
+        raise DataError(
+            f'data "{path}": no such folder, and the Hugging Face hub cannot be reached; where it '
+            f'can, save it by python -c "import datasets; datasets.load_dataset({call})'
+            ".save_to_disk('FOLDER')\", and give the folder as the option path=FOLDER"
         ) from None
     except IndexError:  # Their own reader's, for a saved set without any example.
         raise DataError(f'data "{path}": no examples, wanted some') from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = " ".join(str(error).split())
         raise DataError(
             f'data "{path}": cannot be loaded ({what}); give a name on the Hugging Face hub, or a '
-            "folder written by save_to_disk"
+            "folder written by save_to_disk or of parquet files"
         ) from None
     if not isinstance(loaded, datasets.DatasetDict):
         if split is not None:
