@@ -186,6 +186,8 @@ def test_the_parts_of_a_name() -> None:
         ("digits:pool=2", "domain", r'unknown option "pool"; it has no options'),
         ("mnist-5k-14:pool=2", "domain", 'unknown option "pool"; it has no options'),
         ("wisdm", "natural", r'data "wisdm": needs its path; say "wisdm:FILE"'),
+        ("text", "natural", r'data "text": needs its path; say "text:FOLDER"'),
+        ("hub", "natural", r'data "hub": needs its path; say "hub:NAME"'),
         ("digits", "dirichlet:alfa=1", r'unknown option "alfa"; did you mean "alpha"'),
         ("digits", "latent:mix=mlp", 'unknown option "mix"'),
         ("digits", "dirichlet:seed=1", 'unknown option "seed"'),
