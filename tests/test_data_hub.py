@@ -543,6 +543,8 @@ def test_partitioners_by_natural_client() -> None:
 def test_values_are_partitioned_too() -> None:
     fed = make_federation("diabetes", "flwr:ContinuousPartitioner:strictness=1.0", 4, seed=0)
     means = [torch.cat([s.y for _, s in client.splits()]).mean().item() for client in fed.clients]
+    with pytest.raises(DataError, match='"flwr:Dirichlet": needs class labels, but data set "diab'):
+        make_federation("diabetes", "flwr:Dirichlet:alpha=1", 4, seed=0)
     assert np.ptp(means) > 1.5  # In standard deviations: clients hold low or high values.
 
 
@@ -550,7 +552,13 @@ def test_values_are_partitioned_too() -> None:
     ("setting", "message"),
     [
         ("flwr", 'wanted a partitioner, for example "flwr:IidPartitioner"'),
-        ("flwr:DirichletPartitionr:alpha=1", 'no such partitioner; did you mean "DirichletPart'),
+        ("flwr:DirichletPartitionr:alpha=1", 'no such partitioner; did you mean "Dirichlet"'),
+        ("flwr:Drichlet:alpha=1", 'no such partitioner; did you mean "Dirichlet"'),
+        ("flwr:Partitioner", "no such partitioner; choose from Continuous, Dirichlet, "),
+        ("flwr:IdToSizeFnc", "no such partitioner"),
+        ("flwr:Iid:num_partitions=abc", 'num_partitions = "abc", wanted a whole number'),
+        ("flwr:Dirichlet:alpha=1:seed=x", 'seed = "x", wanted a whole number'),
+        ("flwr:Iid:num_partitions=2000", "clients: 2000 are too many .* use at most 449"),
         ("flwr:VerticalEvenPartitioner", "no such partitioner"),
         ("flwr:Dirichlet:alfa=1", 'unknown option "alfa"; did you mean "alpha"'),
         ("flwr:Iid:train_fraction=0.5", 'unknown option "train_fraction"'),
