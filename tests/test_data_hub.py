@@ -6,6 +6,7 @@ so is a tiny sentence model.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from fedmerge.data import describe, load_hub, load_text, make_federation
+from fedmerge.data.quiet import quiet
 from fedmerge.data.text import embedded, hashed_words
 from fedmerge.errors import ConfigError, DataError
 
@@ -151,12 +153,14 @@ def tiny_model(path: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")  # The library's own deprecations.
-def test_frozen_embeddings(tmp_path: Path) -> None:
+def test_frozen_embeddings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     path = tiny_model(tmp_path / "model")
     texts = ["good film", "bad", "no good bad film film"]
+    capfd.readouterr()
     found = embedded(texts, path, batch=2)
+    assert capfd.readouterr() == ("", "")  # No bar of theirs.
     assert found.shape == (3, 8)
     # One by one, without any filling up, by hand: the mean over all tokens of a text.
     tokenizer, network = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
@@ -169,6 +173,18 @@ def test_frozen_embeddings(tmp_path: Path) -> None:
     assert fed.input_shape == (8,)
     with pytest.raises(DataError, match=r'model ".*gone": cannot be loaded; give the folder'):
         embedded(texts, str(tmp_path / "gone"))
+
+
+def test_remarks_of_the_libraries_are_kept_off_the_screen() -> None:
+    import datasets  # noqa: F401  # Importing one sets its level.
+    import transformers  # noqa: F401
+
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "transformers")]
+    before = [logger.level for logger in loggers]
+    for library in ("datasets", "transformers"):
+        with quiet(library):
+            assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        assert [logger.level for logger in loggers] == before
 
 
 # --- data sets of the hub, from disk

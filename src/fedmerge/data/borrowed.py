@@ -19,7 +19,7 @@ import numpy as np
 from fedmerge.data.clients import Client
 from fedmerge.data.dealing import make_clients, need_examples, need_labels
 from fedmerge.data.draws import generator
-from fedmerge.data.hub import quiet
+from fedmerge.data.quiet import quiet
 from fedmerge.data.sources import Dataset
 from fedmerge.data.splits import MIN_EXAMPLES
 from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_mean

@@ -7,9 +7,7 @@ network, only what is cached or on disk can be loaded.
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedmerge.data.quiet import quiet
 from fedmerge.data.sources import Dataset, owned
 from fedmerge.data.splits import count_classes
 from fedmerge.data.text import embedded, hashed_words
-from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from fedmerge.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -82,28 +81,6 @@ def load_hub(
         tensors = torch.from_numpy(inputs), torch.from_numpy(labels)
         return Dataset(name, *tensors, n_outputs, standardise=standardise)
     return owned(name, inputs, labels, owner, n_outputs, standardise=standardise)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' bars and their remarks on each retry off the screen."""
-    try:
-        from datasets.utils import logging as bars
-    except ImportError:
-        raise MissingExtraError("data") from None
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
-    levels = [logger.level for logger in loggers]
-    had_bars = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if had_bars:
-            bars.enable_progress_bar()
 
 
 def _table(path: str, config: str | None, split: str | None) -> Table:

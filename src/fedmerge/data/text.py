@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedmerge.data.quiet import quiet
 from fedmerge.data.sources import Dataset, owned
 from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 
@@ -94,8 +95,9 @@ def embedded(texts: Sequence[str], model: str, batch: int = 64) -> NDArray[np.fl
     except ImportError:
         raise MissingExtraError("text") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModel.from_pretrained(model).eval()
+        with quiet("transformers"):
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            network = AutoModel.from_pretrained(model).eval()
     except (OSError, ValueError):
         raise DataError(
             f'model "{model}": cannot be loaded; give the folder of a model that transformers has '
