@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from fedmerge.cli import app
+from fedmerge.cli import _check_cells, app
+from fedmerge.compare.cells import Cell
 from fedmerge.config import RunConfig, load_config
+from fedmerge.data import DataWarning, make_federation
 from fedmerge.errors import MissingExtraError
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -73,7 +76,8 @@ def timeless(result: dict[str, Any]) -> dict[str, Any]:
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import sys
-from fedmerge.cli import app
+from fedmerge.cli import _check_cells, app
+from fedmerge.compare.cells import Cell
 try:
     app(["--help"])
 finally:
@@ -388,6 +392,25 @@ def test_what_is_odd_about_the_data_is_one_line(tmp_path: Path) -> None:
     code, _, errors = finish(command("compare", *names, *sizes, "--out", tmp_path / "out"))
     assert (code, len(errors)) == (0, 1), errors
     assert errors[0].startswith('fedmerge: warning: federation "own/natural": no client trains on')
+
+
+def test_what_is_odd_about_the_data_of_any_seed_is_said(tmp_path: Path) -> None:
+    table = tmp_path / "own.csv"
+    rows = [f"{'ab'[i % 2]},{i},{2 if i == 0 else i // 2 % 2}" for i in range(20)]
+    table.write_text("\n".join(["client,f,y", *rows]) + "\n")
+
+    def is_odd(seed: int) -> bool:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            make_federation(str(table), "natural", seed=seed)
+        return bool(found)
+
+    good = next(seed for seed in range(20) if not is_odd(seed))
+    odd = next(seed for seed in range(20) if is_odd(seed))
+    shared = {"data": str(table), "setting": "natural", "method": "fedavg"}
+    cells = [Cell(f"s{seed}", {**shared, "seed": seed}) for seed in (good, odd)]
+    with pytest.warns(DataWarning, match="no client trains on label 2"):
+        _check_cells(cells)
 
 
 def test_report_makes_the_page_of_one_run(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_seeds() -> None:
 
 def test_names() -> None:
     assert parse_names("--methods", "b, a:k=1", list) == ("b", "a:k=1")
+    lists = "flwr:Size:partition_sizes=[40,30]", "flwr:Shard:x=[[1,2],[3,4]]", "natural"
+    assert parse_names("--settings", ",".join(lists), list) == lists
     assert parse_names("--methods", "all", lambda: ["x", "y"]) == ("x", "y")
     assert parse_names("--settings", "all,natural", lambda: ["x", "y"]) == ("x", "y", "natural")
     with pytest.raises(ConfigError, match='--methods: "a" is there twice'):

@@ -61,6 +61,8 @@ def test_csv_column_names_quotes_bom_and_blank_lines(tmp_path: Path) -> None:
         (("2", "0", "1"), [2, 0, 1], "i"),
         (("2.5", "0", "1"), [2.5, 0.0, 1.0], "f"),
         (("wing", "arm", "arm"), [1, 0, 0], "i"),
+        (("1.0", "0.0", "-1.0"), [1.0, 0.0, -1.0], "f"),
+        (("1.0", "-2", "0.5"), [1.0, -2.0, 0.5], "f"),
         (("9" * 20, "0", "1"), [1e20, 0.0, 1.0], "f"),
     ],
 )
@@ -89,6 +91,10 @@ def test_csv_targets(
         (["client,f,y", "a,1,0", ",1,0"], 'row 3, column "client": empty, wanted a client'),
         (["client,f,y", "a,1,0", "a,1,"], 'row 3, column "y": empty, wanted a target'),
         (["client,f,y", "a,1,0.5", "a,1,o"], 'row 3, column "y": "o", wanted a finite number'),
+        (["client,f,y", "a,1,0", "a,1,1.0"], 'row 3, column "y": "1.0" among whole numbers; write'),
+        (["client,f,y", "a,1,0", "a,1,-1"], 'row 3, column "y": label -1, wanted 0 or more'),
+        (["client;f;y", "a;1;0"], "one column, 'client;f;y'; divide cells by ',' instead of ';'"),
+        (["client,f,y", "a,1,0", f"a,{'1' * 140_000},0"], "row 3: not readable as cells .* limit"),
         (["client,f,y", "a,1,0.5", "a,1,inf"], 'row 3, column "y": "inf"'),
     ],
 )
@@ -186,6 +192,12 @@ def test_natural_clients(tmp_path: Path) -> None:
     assert len(longer.clients[0].train) == 6
     folder = npz_folder(tmp_path / "users")
     assert make_federation(folder, "natural", seed=0).input_shape == (1, 2, 2)
+
+
+def test_labels_may_leave_numbers_out(tmp_path: Path) -> None:
+    rows = [f"a,{i},{i % 2 * 7}" for i in range(12)]
+    fed = make_federation(write(tmp_path / "a.csv", "client,f,y", *rows), "natural", seed=0)
+    assert describe(fed)[0].label_counts.tolist() == [6, 0, 0, 0, 0, 0, 0, 6]
 
 
 def test_regression_table(tmp_path: Path) -> None:

@@ -6,16 +6,19 @@ so is a tiny sentence model.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fedmerge.data import describe, load_hub, load_text, make_federation
+from fedmerge.data.quiet import quiet
 from fedmerge.data.text import embedded, hashed_words
 from fedmerge.errors import ConfigError, DataError
 
@@ -72,7 +75,39 @@ def test_texts_with_a_header(tmp_path: Path) -> None:
     assert data.y[:3].tolist() == [2, 0, 1]
     path.write_text("text\trating\nfine\t2\nso so\t0.1\npoor\t-3\n")
     data = load_text(str(path))
-    assert (data.owners, data.y.tolist()) == (("t",), [1, 0])
+    assert (data.owner, data.y.tolist()) == (None, [1, 0])
+
+
+def test_the_clients_of_texts(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    rows = [f"text {i}\t{i // 2 % 2}\t{('x', 'y')[i % 2]}" for i in range(24)]
+
+    def write(*header: str) -> str:
+        path.write_text("\n".join(["\t".join(header), *rows]) + "\n")
+        return str(path)
+
+    for column in ("client", "domain"):
+        assert load_text(write("text", "label", column)).owners == ("x", "y")
+    write("text", "label", "shop")
+    assert load_text(str(path), client="shop").owners == ("x", "y")
+    fed = make_federation(f"text:{path}:client=shop", "natural", seed=0)
+    assert [client.id for client in fed.clients] == ["x", "y"]
+    # Without a word about the column, one file would be one client.
+    with pytest.raises(DataError, match=r'no clients of its own; .* say so by "client=COLUMN"'):
+        make_federation(f"text:{path}", "natural", seed=0)
+    with pytest.raises(DataError, match='no column "shops"; did you mean "shop"'):
+        load_text(str(path), client="shops")
+    path.write_text("1\tfine\n")
+    with pytest.raises(DataError, match='no header, wanted one with the column "shop"'):
+        load_text(str(path), client="shop")
+
+
+def test_untidy_texts(tmp_path: Path) -> None:
+    """Spaces around names, a mark of the encoding, blank lines, and one text that is a book."""
+    path = tmp_path / "t.tsv"
+    lines = ["\ufefftext \t label", "fine\t1", "", "x " * 100_000 + "\t0", ' "a\t1', "", "\t"]
+    path.write_text("\r\n".join(lines), encoding="utf-8")
+    assert load_text(str(path)).y.tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +115,11 @@ def test_texts_with_a_header(tmp_path: Path) -> None:
     [
         ("text\tlable\na\tb\n", 'no column "rating" or "label"; did you mean "lable"'),
         ("text\tlabel\na\n", "row 2: 1 cells, wanted 2"),
+        ("text\tlabel\n\na\tb\tc\n", "row 3: 3 cells, wanted 2"),
         ("text\tlabel\na\t \n", "row 2: no label or client"),
+        ("review\tlabel\na\tb\n", 'no column "text"; choose from label, review'),
+        ("Text\tLabel\na\tb\n", 'no column "text"; did you mean "Text"'),
+        ("text\tlabel\ncaf\xe9\tb\n", "not readable as UTF-8 text .* save it so"),
         ("1\tmuch\tfine\n", 'row 1: rating "much", wanted a finite number'),
         ("just a line\n", "no texts with a tab"),
         ("1\t0.2\tfine\n", "all ratings are nearer to 0 than 0.5"),
@@ -88,7 +127,7 @@ def test_texts_with_a_header(tmp_path: Path) -> None:
 )
 def test_texts_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "t.tsv"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=message):
         load_text(str(path))
     with pytest.raises(DataError, match="cannot be read"):
@@ -114,12 +153,14 @@ def tiny_model(path: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")  # The library's own deprecations.
-def test_frozen_embeddings(tmp_path: Path) -> None:
+def test_frozen_embeddings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     path = tiny_model(tmp_path / "model")
     texts = ["good film", "bad", "no good bad film film"]
+    capfd.readouterr()
     found = embedded(texts, path, batch=2)
+    assert capfd.readouterr() == ("", "")  # No bar of theirs.
     assert found.shape == (3, 8)
     # One by one, without any filling up, by hand: the mean over all tokens of a text.
     tokenizer, network = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
@@ -132,6 +173,18 @@ def test_frozen_embeddings(tmp_path: Path) -> None:
     assert fed.input_shape == (8,)
     with pytest.raises(DataError, match=r'model ".*gone": cannot be loaded; give the folder'):
         embedded(texts, str(tmp_path / "gone"))
+
+
+def test_remarks_of_the_libraries_are_kept_off_the_screen() -> None:
+    import datasets  # noqa: F401  # Importing one sets its level.
+    import transformers  # noqa: F401
+
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "transformers")]
+    before = [logger.level for logger in loggers]
+    for library in ("datasets", "transformers"):
+        with quiet(library):
+            assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        assert [logger.level for logger in loggers] == before
 
 
 # --- data sets of the hub, from disk
@@ -306,16 +359,147 @@ def test_texts_numbers_and_values_of_the_hub(tmp_path: Path) -> None:
         load_hub(path, x="a", y="gap")
 
 
+def images_on_disk(path: Path, images: list[object]) -> str:
+    from datasets import Image, Value
+
+    labels: list[object] = [i // 4 % 2 for i in range(len(images))]
+    features = {"image": Image(), "label": Value("int64")}
+    return save(path, {"image": images, "label": labels}, features)
+
+
+def grey16(value: int) -> object:
+    from PIL import Image
+
+    return Image.fromarray(np.full((8, 8), value, np.uint16))
+
+
+def test_images_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    path = images_on_disk(tmp_path / "x", [grey16(5000 * i) for i in range(8)])
+    found = load_hub(path).x
+    assert found.shape == (8, 1, 8, 8)
+    assert found[:, 0, 3, 5].tolist() == pytest.approx([5000 * i / 65535 for i in range(8)])
+    assert load_hub(path, size=4).x.mean(dim=(1, 2, 3)).tolist() == pytest.approx(
+        [5000 * i / 65535 for i in range(8)]
+    )
+
+
+def floats() -> object:
+    """An image of floats, whose range no reader can know."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("F", (8, 8), 0.5).save(file, "tiff")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (lambda: grey16(3000), "mode L and, in example 5, I;16, wanted all of 8 bits or all of"),
+        (floats, "images of mode L and, in example 5, F, wanted"),
+        (lambda: {"bytes": b"none", "path": None}, "image of example 5 cannot be read; mend it"),
+    ],
+)
+def test_images_that_cannot_be_used(tmp_path: Path, odd: Any, message: str) -> None:
+    images = [image(i, mode="L") for i in range(8)]
+    images[5] = odd()
+    path = images_on_disk(tmp_path / "x", images)
+    with pytest.raises(DataError, match=f'data ".*x", column "image": .*{message}'):
+        load_hub(path)
+
+
+FLOATS, GAP = [[1.0, 2.0]] * 8, [None, *[[1.0, 2.0]] * 7]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"x": GAP}, {}, 'column "x": example 0 has none, wanted one in each'),
+        ({"x": ["a", None, *"cdefgh"]}, {}, 'column "x": example 1 has none'),
+        ({"x": FLOATS, "u": [None, *"abababa"]}, {"client": "u"}, 'column "u": example 0 has none'),
+        ({"x": FLOATS, "label": [*range(7), 2_000_000]}, {}, "label 2000000: wanted less than"),
+        ({"x": [], "label": []}, {}, "no examples, wanted some"),
+    ],
+)
+def test_columns_that_cannot_be_used(
+    tmp_path: Path, columns: dict[str, list[object]], options: dict[str, str], message: str
+) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"label": [0, 1] * 4, **columns}).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(DataError, match=message):
+        load_hub(str(tmp_path / "d"), x="x", **options)  # type: ignore[arg-type]
+
+
+def test_an_image_that_is_not_there(tmp_path: Path) -> None:
+    path = images_on_disk(tmp_path / "x", [image(1), None, image(2)])
+    with pytest.raises(DataError, match='column "image": example 1 has none'):
+        load_hub(path)
+
+
+def test_classes_may_have_no_example_where_they_have_names(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Value
+
+    columns: dict[str, list[object]] = {"x": [0.5] * 4, "label": [0, 1, 0, 1]}
+    features = {"x": Value("float32"), "label": ClassLabel(num_classes=62)}
+    assert load_hub(save(tmp_path / "d", columns, features), x="x").n_outputs == 62
+
+
+def test_splits_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    parts = {
+        name: Dataset.from_dict({"x": [0.5] * 4, "label": labels})
+        for name, labels in (("train", [0, 1, 0, 1]), ("test", list("abab")))
+    }
+    DatasetDict(parts).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(DataError, match="columns of different types; choose one of train, test"):
+        load_hub(str(tmp_path / "d"), x="x")
+    assert len(load_hub(str(tmp_path / "d"), x="x", split="test")) == 4
+
+
 def test_a_folder_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be loaded .*folder written by save_to_disk"):
         load_hub(str(tmp_path))
+
+
+def test_a_folder_of_parquet_files_as_the_hub_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    repository = tmp_path / "small"
+    for part, n in (("train", 12), ("test", 4)):
+        columns = {"x": [float(i) for i in range(n)], "label": [0, 1] * (n // 2)}
+        table = datasets.Dataset.from_dict(columns)
+        table.to_parquet(repository / "data" / f"{part}-00000-of-00001.parquet")
+    assert len(load_hub(str(repository), x="x")) == 16
+    assert load_hub(str(repository), x="x", split="test").x.flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_a_format_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_dict({"x": [0.5] * 4, "label": [0, 1, 0, 1]}).to_parquet("mine.parquet")
+    with pytest.raises(DataError, match='data "parquet": a format, no data set; give the folder'):
+        load_hub("parquet", x="x")
+
+
+def test_a_saved_set_has_one_configuration(tmp_path: Path) -> None:
+    path = images_on_disk(tmp_path / "x", [image(1)])
+    with pytest.raises(ConfigError, match='config "en", but a saved set has one; leave it out'):
+        load_hub(path, config="en")
 
 
 def test_without_network_there_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     """In a process of its own: whether there is a network is read when the library is imported."""
     source = Path(__file__).parents[1] / "src"
     found = subprocess.run(
-        [sys.executable, "-m", "fedmerge", "data", "natural", "--data", "femnist"],
+        [sys.executable, "-m", "fedmerge", "data", "natural", "--data", "femnist:config=half"],
         env={
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -329,7 +513,8 @@ def test_without_network_there_is_one_line_that_says_what_to_do(tmp_path: Path) 
     assert found.returncode == 2
     assert found.stdout == ""
     (line,) = found.stderr.splitlines()
-    assert 'data "flwrlabs/femnist": the Hugging Face hub cannot be reached' in line
+    assert "no such folder, and the Hugging Face hub cannot be reached" in line
+    assert "load_dataset('flwrlabs/femnist', 'half')" in line
     assert "save_to_disk" in line
 
 
@@ -354,6 +539,9 @@ def test_borrowed_partitioners() -> None:
     assert (skewed > 0).sum(axis=1).mean() + 2 < (even_more > 0).sum(axis=1).mean()
     assert np.array_equal(skewed, counts("flwr:DirichletPartitioner:alpha=0.1"))
     assert not np.array_equal(skewed, counts("flwr:DirichletPartitioner:alpha=0.1", seed=1))
+    # The seed is the run's unless the partitioner is given one.
+    fixed = counts("flwr:DirichletPartitioner:alpha=0.1:seed=5")
+    assert not np.array_equal(skewed, fixed)
     sizes = counts("flwr:SizePartitioner:partition_sizes=[40,30,20]", 3).sum(axis=1)
     assert sizes.tolist() == [40, 30, 20]
 
@@ -371,6 +559,8 @@ def test_partitioners_by_natural_client() -> None:
 def test_values_are_partitioned_too() -> None:
     fed = make_federation("diabetes", "flwr:ContinuousPartitioner:strictness=1.0", 4, seed=0)
     means = [torch.cat([s.y for _, s in client.splits()]).mean().item() for client in fed.clients]
+    with pytest.raises(DataError, match='"flwr:Dirichlet": needs class labels, but data set "diab'):
+        make_federation("diabetes", "flwr:Dirichlet:alpha=1", 4, seed=0)
     assert np.ptp(means) > 1.5  # In standard deviations: clients hold low or high values.
 
 
@@ -378,9 +568,17 @@ def test_values_are_partitioned_too() -> None:
     ("setting", "message"),
     [
         ("flwr", 'wanted a partitioner, for example "flwr:IidPartitioner"'),
-        ("flwr:DirichletPartitionr:alpha=1", 'no such partitioner; did you mean "DirichletPart'),
+        ("flwr:DirichletPartitionr:alpha=1", 'no such partitioner; did you mean "Dirichlet"'),
+        ("flwr:Drichlet:alpha=1", 'no such partitioner; did you mean "Dirichlet"'),
+        ("flwr:Partitioner", "no such partitioner; choose from Continuous, Dirichlet, "),
+        ("flwr:IdToSizeFnc", "no such partitioner"),
+        ("flwr:Iid:num_partitions=abc", 'num_partitions = "abc", wanted a whole number'),
+        ("flwr:Dirichlet:alpha=1:seed=x", 'seed = "x", wanted a whole number'),
+        ("flwr:Iid:num_partitions=2000", "clients: 2000 are too many .* use at most 449"),
         ("flwr:VerticalEvenPartitioner", "no such partitioner"),
         ("flwr:Dirichlet:alfa=1", 'unknown option "alfa"; did you mean "alpha"'),
+        ("flwr:Iid:train_fraction=0.5", 'unknown option "train_fraction"'),
+        ("flwr:Iid:dataset=digits", 'unknown option "dataset"'),
         ("flwr:Dirichlet", 'needs alpha; say "flwr:Dirichlet:alpha=..."'),
         ("flwr:Dirichlet:alpha=-1", "flwr:Dirichlet"),
         ("flwr:Dirichlet:alpha=1:partition_by=labl", "flwr:Dirichlet"),

@@ -114,6 +114,12 @@ def test_idx_files_that_are_broken(tmp_path: Path, content: bytes, message: str)
         read_idx(path)
 
 
+def test_files_without_images(tmp_path: Path) -> None:
+    folder = fashion_folder(tmp_path / "f", n_train=0, n_test=0)
+    with pytest.raises(DataError, match=r'f": images of shape \(0, 4, 4\), wanted some'):
+        load_fashion_mnist(str(folder))
+
+
 def test_a_folder_without_the_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'no file train-images-idx3-ubyte .*"fashion-mnist:FOLDER'):
         load_fashion_mnist(str(tmp_path))
@@ -180,6 +186,8 @@ def test_the_parts_of_a_name() -> None:
         ("digits:pool=2", "domain", r'unknown option "pool"; it has no options'),
         ("mnist-5k-14:pool=2", "domain", 'unknown option "pool"; it has no options'),
         ("wisdm", "natural", r'data "wisdm": needs its path; say "wisdm:FILE"'),
+        ("text", "natural", r'data "text": needs its path; say "text:FOLDER"'),
+        ("hub", "natural", r'data "hub": needs its path; say "hub:NAME"'),
         ("digits", "dirichlet:alfa=1", r'unknown option "alfa"; did you mean "alpha"'),
         ("digits", "latent:mix=mlp", 'unknown option "mix"'),
         ("digits", "dirichlet:seed=1", 'unknown option "seed"'),

@@ -252,6 +252,11 @@ def test_arff_files_that_cannot_be_used(tmp_path: Path) -> None:
         load_wisdm(str(path))
     arff(path)
     text = path.read_text()
+    # Any white space may divide a line of the header.
+    path.write_text(text.replace('@attribute "', '  @attribute\t"'))
+    assert load_wisdm(str(path)).x.shape == (24, 3)
+    with pytest.raises(DataError, match=r"raw.txt.: WISDM's raw signals, .*transformed\.arff"):
+        load_wisdm(str(tmp_path / "WISDM_ar_v1.1_raw.txt"))
     path.write_text(text.replace('"user"', '"usr"'))
     with pytest.raises(DataError, match='no column "user"; did you mean "usr"'):
         load_wisdm(str(path))

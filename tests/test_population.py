@@ -217,7 +217,7 @@ def test_a_file_that_was_cut_off_is_one_line(tmp_path: Path) -> None:
     ("name", "damage", "text"),
     [
         ("x.npy", lambda p: p.write_bytes(p.read_bytes()[:-1]), "wanted a whole .npy file: cut"),
-        ("y.npy", lambda p: p.unlink(), "cannot be read"),
+        ("y.npy", lambda p: p.unlink(), "no such file, wanted one; write it with numpy.save"),
         ("client.npy", lambda p: p.write_text("a, b"), "wanted a whole .npy file: cut"),
         ("y.npy", lambda p: np.save(p, np.arange(3)), "60 inputs but 3 targets"),
         ("client.npy", lambda p: np.save(p, np.arange(3)), r"clients of shape \(3,\)"),

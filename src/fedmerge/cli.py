@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -305,13 +306,27 @@ def _fits(data: str, setting: str) -> bool:
 
 
 def _check_cells(cells: Sequence[Cell]) -> None:
-    """Build each method in each setting once, so that what cannot run is said before all work."""
+    """Build each method in each setting once, so that what cannot run is said before all work.
+
+    So is what is odd about the clients of the first seed where anything is: workers do not say it.
+    """
+    from .data import DataWarning
+
     first: dict[tuple[str, str], dict[str, RunConfig]] = {}
+    seeds: dict[tuple[str, str], dict[int, RunConfig]] = {}
     for cell in cells:
         config = load_config(None, cell.config)
         first.setdefault((config.data, config.setting), {}).setdefault(config.method, config)
-    for methods in first.values():
-        federation = next(iter(methods.values())).federation()
+        seeds.setdefault((config.data, config.setting), {}).setdefault(config.seed, config)
+    for pair, methods in first.items():
+        for config in seeds[pair].values():
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always", DataWarning)
+                federation = config.federation()
+            for one in found:
+                warnings.warn(one.message, stacklevel=2)
+            if any(issubclass(one.category, DataWarning) for one in found):
+                break
         for config in methods.values():
             config.simulation(federation)
 

@@ -126,15 +126,29 @@ def _value(text: str) -> bool | int | float | str:
 def parse_names(option: str, text: str, every: Callable[[], Iterable[str]]) -> tuple[str, ...]:
     """Return the names in "a,b,c"; "all" stands for those that `every` returns.
 
+    A comma in brackets is part of a name, as in "flwr:Size:partition_sizes=[40,30]".
+
     Raises:
         ConfigError: none given, an empty one, or one given twice.
     """
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in _divided(text)]
     names = tuple(name for part in parts for name in (every() if part == "all" else (part,)))
     if not all(names):
         raise ConfigError(f'{option}: got "{text}", wanted names divided by single commas')
     _refuse_repeats(option, names)
     return names
+
+
+def _divided(text: str) -> list[str]:
+    """Return the parts of `text` between the commas that are in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def parse_seeds(text: str, option: str = "--seeds") -> tuple[int, ...]:

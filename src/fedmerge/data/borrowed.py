@@ -8,21 +8,31 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import typing
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from typing import Any
 
 import numpy as np
 
 from fedmerge.data.clients import Client
-from fedmerge.data.dealing import make_clients
+from fedmerge.data.dealing import make_clients, need_examples, need_labels
 from fedmerge.data.draws import generator
-from fedmerge.data.hub import quiet
+from fedmerge.data.quiet import quiet
 from fedmerge.data.sources import Dataset
+from fedmerge.data.splits import MIN_EXAMPLES
 from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from fedmerge.values import describe_type, read_value
 
 LABEL, CLIENT, INDEX = "label", "client", "index"
 """Columns that partitioners see: the target, the natural client if there is one, the place."""
+
+ENDING = "Partitioner"
+"""How their classes' names end; it may be left out."""
+
+BY_CLASS = ("Dirichlet", "Distribution", "InnerDirichlet", "Pathological")
+"""Partitioners that count the examples of each class."""
 
 
 def partition_flwr(
@@ -32,15 +42,16 @@ def partition_flwr(
     seed: int,
     train_fraction: float = 0.5,
     path: str,
-    **options: str,
+    options: Mapping[str, str] | None = None,
 ) -> tuple[Client, ...]:
     """Return clients with the examples that a partitioner of flwr-datasets gives them.
 
-    path: the partitioner's class. options: its parameters, as JSON texts; those it needs have
-    these values where they are not given: the number of partitions is `n_clients`, the seed
-    `seed`, and `partition_by` the column "label" ("client" in partitioners by natural id). The
-    examples are shuffled by `seed` first. Raises ConfigError for an unknown name or option,
-    DataError where it cannot divide the data or makes another number of clients.
+    path: the partitioner's class, with or without "Partitioner" at its end. options: its
+    parameters, as JSON texts; those it needs have these values where they are not given: the number
+    of partitions is `n_clients`, the seed `seed`, and `partition_by` the column "label" ("client"
+    in partitioners by natural id). The examples are shuffled by `seed` first. Raises ConfigError
+    for an unknown name or option, DataError where it cannot divide the data or makes another number
+    of clients.
     """
     kind = _find(path)
     parameters = {
@@ -48,12 +59,19 @@ def partition_flwr(
         for name, parameter in inspect.signature(kind).parameters.items()
         if name != "self"
     }
-    for key in options:
+    hints = typing.get_type_hints(kind.__init__)
+    given: dict[str, Any] = {}
+    for key, value in (options or {}).items():
         if key not in parameters:
             raise ConfigError(
                 f'setting "flwr:{path}": unknown option "{key}"{did_you_mean(key, parameters)}'
             )
-    given: dict[str, Any] = {key: _read(value) for key, value in options.items()}
+        try:
+            given[key] = _read(value, hints.get(key))
+        except ValueError:
+            raise ConfigError(
+                f'setting "flwr:{path}": {key} = "{value}", wanted {describe_type(hints[key])}'
+            ) from None
     natural = "NaturalId" in path
     usual = {
         "num_partitions": n_clients,
@@ -65,6 +83,10 @@ def partition_flwr(
         if parameter.default is parameter.empty and given.get(key) is None:
             example = f"flwr:{path}:{key}=..."
             raise ConfigError(f'setting "flwr:{path}": needs {key}; say "{example}"')
+    if kind.__name__.removesuffix(ENDING) in BY_CLASS and given["partition_by"] == LABEL:
+        need_labels(dataset, f"flwr:{path}")
+    if given.get("num_partitions") is not None:
+        need_examples(dataset, given["num_partitions"], MIN_EXAMPLES)
     try:
         partitioner = kind(**given)
     except (TypeError, ValueError) as error:
@@ -83,16 +105,17 @@ def _find(name: str) -> Any:
         from flwr_datasets import partitioner
     except ImportError:
         raise MissingExtraError("data") from None
-    # Those that divide columns instead of examples make no federation of this kind.
+    # Those that divide columns make no federation of this kind; a function has no text.
     known = [
-        one
+        one.removesuffix(ENDING)
         for one in partitioner.__all__
-        if one != "Partitioner" and not one.startswith("Vertical")
+        if one != ENDING and not one.startswith(("Vertical", "IdToSizeFnc"))
     ]
-    for candidate in (name, f"{name}Partitioner"):
-        if candidate in known:
-            return getattr(partitioner, candidate)
-    raise ConfigError(f'setting "flwr:{name}": no such partitioner{did_you_mean(name, known)}')
+    short = name.removesuffix(ENDING)
+    if short in known:
+        return getattr(partitioner, short + ENDING)
+    near = did_you_mean(name.partition("Partition")[0], known)
+    raise ConfigError(f'setting "flwr:{name}": no such partitioner{near}')
 
 
 def _divide(path: str, partitioner: Any, dataset: Dataset, seed: int) -> list[Any]:
@@ -120,7 +143,10 @@ def _divide(path: str, partitioner: Any, dataset: Dataset, seed: int) -> list[An
         ) from None
 
 
-def _read(text: str) -> object:
+def _read(text: str, wanted: object) -> object:
+    """Return the value in `text`; ValueError where `wanted` takes numbers only, and it is none."""
+    if wanted in (int, float, bool, int | None) and text != "null":
+        return read_value(text, wanted)
     try:
         return json.loads(text)
     except ValueError:

@@ -147,11 +147,22 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
                 for row in reader
                 if any(cell.strip() for cell in row) and not (arff and row[0].startswith("%"))
             ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f'"{path}": not readable as UTF-8 text ({error})') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'"{path}": not readable as UTF-8 text ({error}); save it so') from None
+    except csv.Error as error:
+        raise DataError(
+            f'"{path}", row {before + reader.line_num}: not readable as cells ({error}); mend or '
+            "drop the row"
+        ) from None
     if len(lines) < 2:
         raise DataError(f'"{path}": empty, wanted a header and at least one row')
     columns = [name.strip() for name in lines[0][1]]
+    if len(columns) == 1 and (other := re.search(r"[;\t,|]", columns[0])):
+        divider = TABLE_ENDINGS[path.suffix.lower()]
+        raise DataError(
+            f'"{path}": its header has one column, {columns[0]!r}; divide cells by {divider!r} '
+            f"instead of {other[0]!r}"
+        )
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise DataError(f'"{path}": two columns "{twice[0]}", wanted one; rename one of them')
@@ -172,9 +183,9 @@ def _arff_header(file: Iterable[str]) -> list[tuple[int, list[str]]]:
     number = 0
     for line in file:
         number += 1
-        word, _, rest = line.strip().partition(" ")
+        word, *rest = line.split(None, 1) or [""]
         if word.lower() == "@attribute":
-            name = re.match(r"""\s*(?:"([^"]*)"|'([^']*)'|(\S+))""", rest)
+            name = re.match(r"""\s*(?:"([^"]*)"|'([^']*)'|(\S+))""", "".join(rest))
             names.append(next((part for part in name.groups() if part), "") if name else "")
         if word.lower() == "@data":
             break
@@ -204,9 +215,24 @@ def _read_targets(path: str | Path, column: str, cells: Sequence[tuple[int, str]
         return np.searchsorted(names, texts)
     # One slip in a column of numbers must not turn each number into a class of its own.
     values = [_number(path, line, column, cell) for line, cell in cells]
-    if all(_is(int, text) for text in texts) and max(map(abs, values)) < 2**53:
-        return np.array([int(text) for text in texts], dtype=np.int64)
-    return np.array(values)
+    written = [_is(int, text) for text in texts]
+    if not any(written) or not all(value.is_integer() for value in values):
+        return np.array(values)
+    if not all(written):
+        odd = written.index(False)
+        raise DataError(
+            f'"{path}", row {cells[odd][0]}, column "{column}": "{texts[odd]}" among whole '
+            "numbers; write all without a point for classes, or all with one for values to predict"
+        )
+    if max(map(abs, values)) >= 2**53:
+        return np.array(values)
+    if min(values) < 0:
+        odd = values.index(min(values))
+        raise DataError(
+            f'"{path}", row {cells[odd][0]}, column "{column}": label {texts[odd]}, wanted 0 or '
+            "more; number the classes from 0, or write all with a point for values to predict"
+        )
+    return np.array([int(text) for text in texts], dtype=np.int64)
 
 
 def _is(kind: type[int] | type[float], text: str) -> bool:

@@ -65,6 +65,8 @@ def load_fashion_mnist(
             )
         parts.append((images, labels))
     x = np.concatenate([images for images, _ in parts])
+    if not x.size:
+        raise DataError(f'"{folder}": images of shape {x.shape}, wanted some; get the files again')
     y = np.concatenate([labels for _, labels in parts]).astype(np.int64)
     if examples is not None:
         if not 1 <= examples <= len(x):

@@ -15,6 +15,9 @@ from fedmerge.values import describe_type, read_value
 PATH = "path"
 """The option that may be given without its name, first of all."""
 
+PLACES = {"hub": "NAME", "text": "FOLDER"}
+"""What a path is, for an error's text, where it is no file."""
+
 
 def parse(text: str, what: str) -> tuple[str, dict[str, str]]:
     """Return the name in "name:key=value:key=value", and its options as texts.
@@ -74,6 +77,6 @@ def convert(
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in values:
             name = text.partition(":")[0]
-            example = f"{name}:FILE" if key == PATH else f"{name}:{key}=..."
+            example = f"{name}:{PLACES.get(name, 'FILE')}" if key == PATH else f"{name}:{key}=..."
             raise ConfigError(f'{what} "{text}": needs its {key}; say "{example}"')
     return values

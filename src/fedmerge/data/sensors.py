@@ -15,7 +15,7 @@ from fedmerge.data.files import load_csv
 from fedmerge.data.images import package_file
 from fedmerge.data.natural import gather
 from fedmerge.data.sources import Dataset, owned
-from fedmerge.errors import ConfigError
+from fedmerge.errors import ConfigError, DataError
 
 Array = NDArray[np.float64]
 
@@ -66,6 +66,11 @@ def load_wisdm(path: str) -> Dataset:
     path: WISDM_ar_v1.1_transformed.arff, or a .csv with its columns: user, class, UNIQUE_ID and
     43 features, of which some are missing. x (5418, 43), 6 activities, 36 users.
     """
+    if Path(path).suffix.lower() == ".txt":
+        raise DataError(
+            f'"{path}": WISDM\'s raw signals, wanted their features; give the file '
+            "WISDM_ar_v1.1_transformed.arff, which comes with it"
+        )
     tables = load_csv(path, client="user", target="class", drop=("UNIQUE_ID",), missing=True)
     return gather(tables, "wisdm", standardise=True)
 

@@ -83,14 +83,16 @@ def make_federation(
         )
     if n_clients is None and name in SETTINGS:
         raise ConfigError(f'clients: none given, wanted a number for the setting "{setting}"')
-    values: dict[str, object] = {**options}
-    if name != FLWR:
+    if name == FLWR:  # The options are the partitioner's own, which checks them itself.
+        values: dict[str, object] = {PATH: options.pop(PATH), "options": options}
+    else:
         values = convert(setting, "setting", PARTITIONS[name], options, hidden=COMMON)
     dataset = load_source(data)
     if name == NATURAL and dataset.owner is None:
         raise DataError(
-            f'setting "natural": data "{data}" has no clients of its own; give a folder of .npz '
-            f"files or a table, or choose from {', '.join(sorted(SETTINGS))}"
+            f'setting "natural": data "{data}" has no clients of its own; where a column '
+            'names them, say so by "client=COLUMN"; otherwise choose from '
+            f"{', '.join(sorted(SETTINGS))}, or give other data"
         )
     clients = PARTITIONS[name](
         dataset, n_clients, seed=seed, train_fraction=train_fraction, **values

@@ -118,14 +118,21 @@ def to_tensors(
     if targets[0].is_floating_point():
         return tensors, "regression", int(targets[0].shape[1])
     high = max((int(y.max()) for y in targets if len(y)), default=0)
-    n_examples = sum(len(y) for y in targets)
-    # One wide number would otherwise ask every model for that many outputs.
+    return tensors, "classification", count_classes(high, sum(len(y) for y in targets))
+
+
+def count_classes(high: int, n_examples: int) -> int:
+    """Return the number of classes where `high` is the greatest label.
+
+    Raises DataError where there are fewer examples: one wide number would otherwise ask every
+    model for that many outputs.
+    """
     if high >= n_examples > 0:
         raise DataError(
             f"label {high}: wanted less than the number of examples, {n_examples}; number the "
             "classes from 0, or give float targets for regression"
         )
-    return tensors, "classification", high + 1
+    return high + 1
 
 
 def _check_pair(

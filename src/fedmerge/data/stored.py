@@ -132,6 +132,8 @@ def open_array(path: Path) -> np.memmap[Any, Any]:
 
     Raises DataError where it is missing, cut off, or something else.
     """
+    if not path.exists():
+        raise DataError(f'"{path}": no such file, wanted one; write it with numpy.save')
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):

@@ -6,7 +6,6 @@ none is downloaded unless its name asks for it.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedmerge.data.quiet import quiet
 from fedmerge.data.sources import Dataset, owned
 from fedmerge.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 
@@ -26,17 +26,23 @@ STRETCH = 10.0
 LONGEST = 128
 """Tokens of a text that a sentence model reads."""
 
-Row = tuple[str, str, str]
-"""Text, label or rating, and client."""
+CLIENT_COLUMNS = ("client", "domain")
+"""Columns that name a text's client unless another one is asked for; the first one found is it."""
+
+Row = tuple[str, str, str | None]
+"""Text, label or rating, and client where it is known."""
 
 
-def load_text(path: str, features: int = 2048, model: str | None = None) -> Dataset:
+def load_text(
+    path: str, features: int = 2048, model: str | None = None, client: str | None = None
+) -> Dataset:
     """Return the texts of a .tsv or .txt file, or of all in a folder, as inputs.
 
-    Cells are divided by tabs. With a header, columns `text` and `label` or `rating` are read, and
-    `client` if it is there; without, a row's last cell is the text and the one before it the
-    rating. Without a column `client`, each file is a client. A rating above 0 is label 1, below
-    it 0, and one nearer to 0 than 0.5 is left out; labels become class numbers in sorted order.
+    Cells are divided by tabs. With a header, columns `text` and `label` or `rating` are read;
+    without, a row's last cell is the text and the one before it the rating. The header's column
+    `client` names each text's client, None standing for one called "client" or "domain"; without
+    such a column, each file of a folder is a client. A rating above 0 is label 1, below it 0, and
+    one nearer to 0 than 0.5 is left out; labels become class numbers in sorted order.
     features: length of the vector of hashed words. model: path or name of a sentence model for
     `transformers`, used instead. Raises DataError for files that cannot be used.
     """
@@ -47,7 +53,7 @@ def load_text(path: str, features: int = 2048, model: str | None = None) -> Data
     rows: list[Row] = []
     rated = set()
     for file in files:
-        found, has_ratings = _read(file)
+        found, has_ratings = _read(file, client, file.stem if place.is_dir() else None)
         rows += found
         if found:
             rated.add(has_ratings)
@@ -62,6 +68,8 @@ def load_text(path: str, features: int = 2048, model: str | None = None) -> Data
     classes = ["0", "1"] if rated == {True} else sorted(set(targets))
     y = np.searchsorted(classes, targets).astype(np.int64)
     x = hashed_words(texts, features) if model is None else embedded(texts, model)
+    if owner[0] is None:
+        return Dataset(place.stem, torch.from_numpy(x), torch.from_numpy(y), len(classes))
     return owned(place.stem, x, y, owner, len(classes))
 
 
@@ -87,8 +95,9 @@ def embedded(texts: Sequence[str], model: str, batch: int = 64) -> NDArray[np.fl
     except ImportError:
         raise MissingExtraError("text") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModel.from_pretrained(model).eval()
+        with quiet("transformers"):
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            network = AutoModel.from_pretrained(model).eval()
     except (OSError, ValueError):
         raise DataError(
             f'model "{model}": cannot be loaded; give the folder of a model that transformers has '
@@ -120,40 +129,60 @@ def _is_table(path: Path) -> bool:
     return path.suffix.lower() in (".tsv", ".txt") and path.is_file() and not hidden
 
 
-def _read(path: Path) -> tuple[list[Row], bool]:
-    """Return the rows of a file that can be used, and whether they had ratings."""
+def _read(path: Path, client: str | None, usual: str | None) -> tuple[list[Row], bool]:
+    """Return the rows of a file that can be used, and whether they had ratings.
+
+    client: the column of clients, or None for the usual ones. usual: the client without one.
+    """
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            # Quotes are part of a text: no cell is quoted.
-            lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, csv.Error) as error:
+        # Quotes are part of a text, and a text may be long: this is not csv's format.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
         raise DataError(f'"{path}": cannot be read ({error})') from None
-    header = lines[0] if lines and "text" in lines[0] else None
-    at = {"text": -1, "rating": -2}
-    if header is not None:
-        at = {name: i for i, name in enumerate(header)}
-        if not {"rating", "label"} & set(at):
-            raise DataError(
-                f'"{path}": no column "rating" or "label"{did_you_mean("label", header)}'
-            )
+    except UnicodeDecodeError as error:
+        raise DataError(f'"{path}": not readable as UTF-8 text ({error}); save it so') from None
+    table = [(i, line.split("\t")) for i, line in enumerate(lines, start=1) if line.strip()]
+    header = _header(path, table[0][1] if table else [], client)
+    at = {name: i for i, name in enumerate(header or ())} or {"text": -1, "rating": -2}
+    owner = next(
+        (name for name in (CLIENT_COLUMNS if client is None else (client,)) if name in at), None
+    )
     has_ratings = "label" not in at
-    rows = []
-    for number, cells in enumerate(lines[header is not None :], start=1 + (header is not None)):
-        if len(cells) < (2 if header is None else len(header)):
-            if header is None:
-                continue  # A licence or a note, which has no tabs.
-            raise DataError(f'"{path}", row {number}: {len(cells)} cells, wanted {len(header)}')
-        client = cells[at["client"]].strip() if "client" in at else path.stem
+    rows: list[Row] = []
+    for number, cells in table[header is not None :]:
+        if header is None and len(cells) < 2:
+            continue  # A licence or a note, which has no tabs.
+        if header is not None and len(cells) != len(header):
+            raise DataError(
+                f'"{path}", row {number}: {len(cells)} cells, wanted {len(header)} as in the header'
+            )
+        name = usual if owner is None else cells[at[owner]].strip()
         target = cells[at["rating" if has_ratings else "label"]].strip()
         if has_ratings:
             rating = _rating(path, number, target)
             if abs(rating) < LEAST_RATING:
                 continue
             target = str(int(rating > 0))
-        if not target or not client:
+        if not target or name == "":
             raise DataError(f'"{path}", row {number}: no label or client, wanted both')
-        rows.append((cells[at["text"]], target, client))
+        rows.append((cells[at["text"]], target, name))
     return rows, has_ratings
+
+
+def _header(path: Path, cells: list[str], client: str | None) -> list[str] | None:
+    """Return the names of the columns, or None where the first row is no header."""
+    names = [cell.strip() for cell in cells]
+    if not {"text", "rating", "label"} & {name.lower() for name in names}:
+        if client is not None:
+            raise DataError(f'"{path}": no header, wanted one with the column "{client}"')
+        return None
+    wanted = ["text", *([] if client is None else [client])]
+    for name in wanted:
+        if name not in names:
+            raise DataError(f'"{path}": no column "{name}"{did_you_mean(name, names)}')
+    if not {"rating", "label"} & set(names):
+        raise DataError(f'"{path}": no column "rating" or "label"{did_you_mean("label", names)}')
+    return names
 
 
 def _rating(path: Path, number: int, cell: str) -> float:
@@ -162,5 +191,8 @@ def _rating(path: Path, number: int, cell: str) -> float:
     except ValueError:
         rating = float("nan")
     if not np.isfinite(rating):
-        raise DataError(f'"{path}", row {number}: rating "{cell}", wanted a finite number')
+        raise DataError(
+            f'"{path}", row {number}: rating "{cell}", wanted a finite number, or a first row that '
+            "names the columns text and label or rating"
+        )
     return rating
