@@ -269,11 +269,17 @@ def compare(
         if debugging():
             print(failure.details, file=sys.stderr)
         complain(f"{failure.cell.name}: {failure.error}")
-    for name, choice in plan.failures().items():
+    untuned = plan.failures()
+    for name, choice in untuned.items():
+        again = "the same command tries them again"
+        if plan.finished(name):
+            again = (
+                f"remove {out}/tuning/{name}.json and {out}/runs/{name}--s* and give the same "
+                "command to tune it again"
+            )
         complain(
             f"{name} was not tuned, as {len(choice.failed)} of its trials failed: it has the "
-            f"method's defaults; remove {out}/tuning/{name}.json and {out}/runs/{name}--s* and "
-            "give the same command to tune it again"
+            f"method's defaults; {again}"
         )
     lost = [failure.cell for failure in failures if failure.cell.root == parts.RUNS]
     if lost:
@@ -281,7 +287,7 @@ def compare(
             f"{len(lost)} of {len(cells)} cells failed; the others are kept in {out}, "
             "and the same command runs only those that failed again"
         )
-    if failures:
+    if failures or untuned:
         raise typer.Exit(1)
 
 

@@ -89,6 +89,17 @@ def unfinished(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(p.name for p in started if not (p / "result.json").is_file()))
 
 
+def untuned(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Return the runs that have their method's defaults because trials of its tuning failed."""
+    return tuple(run for run in runs if run.path is not None and _failed_trials(run.path))
+
+
+def _failed_trials(folder: Path) -> bool:
+    """Whether what tuning chose for the run in `folder` is for want of trials."""
+    path = folder.parent.parent / "tuning" / f"{folder.name.rpartition('--s')[0]}.json"
+    return path.is_file() and bool(read_object(path).get("failed"))
+
+
 def _key(run: Run) -> Key:
     return run.data, run.setting, run.method, run.seed
 
