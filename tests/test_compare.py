@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
+from fedmerge.compare.folder import locked
 from fedmerge.compare.runner import Crew, Outcome
 from fedmerge.config import run_cell
 from fedmerge.errors import ConfigError, MissingExtraError, StateError
@@ -343,7 +344,7 @@ def test_what_cannot_run_is_said_before_anything_starts(
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # the folder is not claimed
+    assert {path.name for path in tmp_path.iterdir()} <= {"lock"}  # the folder is not claimed
 
 
 def one_killed(config: dict[str, Any], folder: Path) -> None:
@@ -373,6 +374,21 @@ def test_a_killed_worker_is_told_at_the_end(tmp_path: Path) -> None:
         "and the same command runs only those that failed again",
     ]
     assert [row["seed"] for row in read_rows(tmp_path)] == [0] * 6
+
+
+def test_a_folder_is_one_comparisons_at_a_time(tmp_path: Path) -> None:
+    names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0")
+    with locked(tmp_path):
+        result = call("compare", *names, *TINY, "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"fedmerge: another comparison is running in {tmp_path}; wait for its end, or choose "
+        "another --out\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert call("compare", *names, *TINY, "--out", tmp_path).exit_code == 0
+    with locked(tmp_path):  # who only reads need not wait
+        assert call("report", tmp_path).exit_code == 0
 
 
 # -- kills and Ctrl-C ------------------------------------------------------------------------------
@@ -429,9 +445,10 @@ def test_killed_and_stopped_comparisons_go_on(tmp_path: Path) -> None:
     def finished() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/result.json")}
 
-    # Killed: nobody is left behind, and what is finished stays.
+    # Killed: nobody is left behind, and what is finished stays; nor does the folder stay locked.
     process = start("1")
     wait_until(lambda: len(finished()) >= 1, process)
+    assert "another comparison is running in" in call(*arguments, "--workers", "1").stderr
     workers = family(process.pid)
     assert workers
     process.kill()

@@ -241,22 +241,23 @@ def compare(
         cells = parts.make_cells(configure, protocol.pairs, protocol.methods, protocol.seeds)
         groups = make_groups(cells, points, protocol.tuning_seeds)
         folder.check_writable(out)
-        folder.check_facts(out, protocol.facts())
-        plan = Tuning(groups, out)
-        total, done = plan.total, plan.done
-        size = min(workers or os.cpu_count() or 1, total - done)
         failures = []
-        with Crew(run_cell, size, prepare_worker) as crew:
-            _check_cells(plan.unfinished())
-            folder.claim_comparison(out, protocol.facts())
-            with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
-                for outcome in crew.run(plan.ready(), out, plan.after):
-                    total = plan.total
-                    show(outcome.cell, total)
-                    done += outcome.error is None
-                    if outcome.error is not None:
-                        failures.append(outcome)
-        screen.print_comparison(plan.cells(), out, screen.tuning_notes(plan, protocol.trials))
+        with folder.locked(out):
+            folder.check_facts(out, protocol.facts())
+            plan = Tuning(groups, out)
+            total, done = plan.total, plan.done
+            size = min(workers or os.cpu_count() or 1, total - done)
+            with Crew(run_cell, size, prepare_worker) as crew:
+                _check_cells(plan.unfinished())
+                folder.claim_comparison(out, protocol.facts())
+                with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
+                    for outcome in crew.run(plan.ready(), out, plan.after):
+                        total = plan.total
+                        show(outcome.cell, total)
+                        done += outcome.error is None
+                        if outcome.error is not None:
+                            failures.append(outcome)
+            screen.print_comparison(plan.cells(), out, screen.tuning_notes(plan, protocol.trials))
     except KeyboardInterrupt as error:
         what = "runs (trials and cells)" if protocol.trials else "cells"
         kept = (

@@ -10,7 +10,8 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ PROFILE = "profile.json"
 WEIGHTS = "weights.npz"
 CHECKPOINT = "checkpoint"
 COMPARISON = "comparison.json"
+LOCK = "lock"
 FORMAT = 2
 """Of a comparison's folder."""
 FREE = {"workers", "address", "track"}
@@ -46,6 +48,27 @@ def check_writable(folder: Path) -> None:
         raise StateError(
             f"--out {folder} cannot be written ({error.strerror or error}); choose another folder"
         ) from error
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other comparisons out of `out`; the system lets go of it when this process ends.
+
+    Raises:
+        StateError: another process holds it.
+    """
+    with (out / LOCK).open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(
+                f"another comparison is running in {out}; wait for its end, or choose another --out"
+            ) from error
+        except (ImportError, OSError):  # a system, or a file system, without locks
+            pass
+        yield
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
