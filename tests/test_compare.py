@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 
 from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
-from fedmerge.compare.folder import locked
+from fedmerge.compare.folder import check_beside, locked, write_config
 from fedmerge.compare.runner import Crew, Outcome
-from fedmerge.config import run_cell
+from fedmerge.config import load_config, run_cell
 from fedmerge.errors import ConfigError, MissingExtraError, StateError
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -374,6 +374,33 @@ def test_a_killed_worker_is_told_at_the_end(tmp_path: Path) -> None:
         "and the same command runs only those that failed again",
     ]
     assert [row["seed"] for row in read_rows(tmp_path)] == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rounds", "3"), ("lr", "0.9"), ("clients", "5"), ("train_fraction", "0.4"), ("hidden", "5")],
+)
+def test_methods_are_compared_after_equal_training_only(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    names = ("--settings", "domain", "--seeds", "0", *TINY, "--out", tmp_path)
+    made = tmp_path / "runs" / "digits--domain--fedavg--s0"
+    config = load_config(
+        None,
+        {"setting": "domain", "clients": 4, "rounds": 2, "epochs": 1, "hidden": 4},
+    ).model_dump(mode="json")
+    (tmp_path / "comparison.json").write_text('{"format": 2, "trials": 0, "tuning_seeds": []}')
+    write_config(made, {**config, "method": "fedavg", "evaluate_every": 2, "threads": 2})
+    option = f"--{name.replace('_', '-')}"
+    result = call("compare", "--methods", "local", *names, option, value)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"fedmerge: {made} holds a run with other settings: {name} is {config[name]} there and "
+        f"{value} here; methods are compared after equal training only, so choose another --out\n"
+    )
+    # Runs of another setting are compared with others; what is not of the training may differ.
+    own = {**config, "method": "local", "seed": 5, "chosen": "lr=0.1", "track": "tensorboard"}
+    check_beside(tmp_path, [own, {**own, "setting": "dirichlet", name: json.loads(value)}])
 
 
 def test_a_folder_is_one_comparisons_at_a_time(tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ def compare(
         failures = []
         with folder.locked(out):
             folder.check_facts(out, protocol.facts())
+            folder.check_beside(out, [cell.config for cell in cells])
             plan = Tuning(groups, out)
             total, done = plan.total, plan.done
             size = min(workers or os.cpu_count() or 1, total - done)

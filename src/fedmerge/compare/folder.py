@@ -32,6 +32,8 @@ FORMAT = 2
 """Of a comparison's folder."""
 FREE = {"workers", "address", "track"}
 """Settings that no result depends on: a run may go on with others."""
+OWN = FREE | {"method", "seed", "chosen", "evaluate_every", "execution", "threads"}
+"""Settings in which runs that are compared with each other may differ."""
 
 
 def check_writable(folder: Path) -> None:
@@ -83,16 +85,42 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
         if foreign:
             raise StateError(f"{folder} holds {foreign[0]} but no {CONFIG}; choose another --out")
         return
-    differing = [
-        f"{key} is {_show(stored, key)} there and {_show(config, key)} here"
-        for key in sorted({*stored, *config} - FREE)
-        if (key in stored, stored.get(key)) != (key in config, config.get(key))
-    ]
+    differing = _differing(stored, config, {*stored, *config} - FREE)
     if differing:
         raise StateError(
-            f"{folder} holds a run with other settings: {'; '.join(differing)}; "
-            "choose another --out"
+            f"{folder} holds a run with other settings: {differing}; choose another --out"
         )
+
+
+def check_beside(out: Path, configs: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse runs that would be compared in `out` with runs that were trained in another way.
+
+    Those of other data or another setting are not compared with them.
+
+    Raises:
+        StateError: such a run is there (the text names it and the settings), or cannot be read.
+    """
+    asked = {(config["data"], config["setting"]): config for config in configs}
+    for path in sorted(out.glob(f"runs/*/{CONFIG}")):
+        stored = read_json(path) or {}
+        config = asked.get((stored.get("data"), stored.get("setting")))
+        if config is None:
+            continue
+        differing = _differing(stored, config, (stored.keys() & config.keys()) - OWN)
+        if differing:
+            raise StateError(
+                f"{path.parent} holds a run with other settings: {differing}; methods are compared "
+                "after equal training only, so choose another --out"
+            )
+
+
+def _differing(stored: Mapping[str, Any], config: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """In what two runs differ, of `keys`: "" for nothing."""
+    return "; ".join(
+        f"{key} is {_show(stored, key)} there and {_show(config, key)} here"
+        for key in sorted(keys)
+        if (key in stored, stored.get(key)) != (key in config, config.get(key))
+    )
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
