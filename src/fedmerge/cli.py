@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -204,7 +204,7 @@ def compare(
             f"--execution {shared.execution} is for `fedmerge run`: a comparison runs its cells in "
             "--workers processes already, which may not start others"
         )
-    shared.trackers()
+    tracked = shared.trackers()
     from .compare.presets import Names, make_protocol
 
     protocol = make_protocol(
@@ -221,7 +221,7 @@ def compare(
     done = total = 0
     try:
         from .compare import cells as parts
-        from .compare import folder, screen
+        from .compare import folder, screen, trackers
         from .compare.runner import Crew
         from .compare.tuning import Tuning, grid_points, make_groups
 
@@ -248,7 +248,8 @@ def compare(
             plan = Tuning(groups, out)
             total, done = plan.total, plan.done
             size = min(workers or os.cpu_count() or 1, total - done)
-            with Crew(run_cell, size, prepare_worker) as crew:
+            down = trackers.prepare(tracked if size else (), out)
+            with Crew(run_cell, size, partial(prepare_worker, down)) as crew:
                 _check_cells(plan.unfinished())
                 folder.claim_comparison(out, protocol.facts())
                 with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -245,12 +245,15 @@ def import_core() -> None:
     from . import algorithms, data, models, sim  # noqa: F401
 
 
-def prepare_worker() -> None:
-    """Import the core; what there is to say of the data, the command itself has said."""
+def prepare_worker(trackers_down: Collection[str] = ()) -> None:
+    """Import the core; what there is to say of data and trackers, the command itself has said."""
     import warnings
 
     import_core()
+    from .compare.trackers import leave_out
     from .data import DataWarning
+
+    leave_out(trackers_down)
 
     warnings.simplefilter("ignore", DataWarning)
 
