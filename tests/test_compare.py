@@ -76,7 +76,7 @@ def test_cells_come_in_the_order_asked_for() -> None:
 def test_seeds() -> None:
     assert parse_seeds("0-4") == (0, 1, 2, 3, 4)
     assert parse_seeds("7, 3,0-1") == (7, 3, 0, 1)
-    for text in ("", "1,", "a", "3-1", "-1", "1.5", "0-99999"):
+    for text in ("", "1,", "a", "3-1", "-1", "1.5", "0-99999", "9" * 5000):
         with pytest.raises(ConfigError, match="--seeds: got"):
             parse_seeds(text)
     with pytest.raises(ConfigError, match='--seeds: "3" is there twice'):
@@ -401,6 +401,20 @@ def test_methods_are_compared_after_equal_training_only(
     # Runs of another setting are compared with others; what is not of the training may differ.
     own = {**config, "method": "local", "seed": 5, "chosen": "lr=0.1", "track": "tensorboard"}
     check_beside(tmp_path, [own, {**own, "setting": "dirichlet", name: json.loads(value)}])
+
+
+def test_seeds_beyond_what_files_hold_are_refused_first(tmp_path: Path) -> None:
+    names = ("--settings", "domain", "--methods", "fedavg", *TINY, "--out", tmp_path / "x")
+    result = call("compare", *names, "--seeds", 2**63)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "fedmerge: seed: got 9223372036854775808, wanted a whole number of at least 0 and at most "
+        "9223372036854775807\n",
+    )
+    assert not (tmp_path / "x").exists()
+    result = call("compare", *names, "--seeds", 2**63 - 1)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert read_rows(tmp_path / "x")[0]["seed"] == 2**63 - 1
 
 
 def test_a_folder_is_one_comparisons_at_a_time(tmp_path: Path) -> None:

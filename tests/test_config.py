@@ -80,7 +80,10 @@ def test_a_file_is_read_and_options_go_over_it(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("rond = 3", 'c.toml: unknown key "rond"; did you mean "rounds"?'),
-        ("rounds = 0", "c.toml: rounds: got 0, wanted a whole number of at least 1"),
+        (
+            "rounds = 0",
+            "c.toml: rounds: got 0, wanted a whole number of at least 1 and at most 10000000",
+        ),
         ("rounds = 2.5", "c.toml: rounds: got 2.5, wanted a whole number of at least 1"),
         ("rounds = true", "c.toml: rounds: got true, wanted a whole number of at least 1"),
         ("[training]\nlr = 1", 'c.toml: [training] is a table; write "key = value" lines only'),
@@ -127,6 +130,11 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
         ("seed", -1),
         ("evaluate_every", 0),
         ("threads", 0),
+        ("threads", 1025),
+        ("hidden", 65537),
+        ("seed", 2**63),
+        *((name, 10**7 + 1) for name in ("clients", "rounds", "epochs", "batch_size")),
+        ("evaluate_every", 10**7 + 1),
         ("workers", 0),
         ("data", ""),
         ("method", ""),

@@ -192,7 +192,9 @@ def compare(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="processes", show_default="one for each CPU"),
+        typer.Option(
+            min=1, max=1024, metavar="N", help="processes", show_default="one for each CPU"
+        ),
     ] = None,
     quiet: Annotated[bool, QUIET] = False,
     **overrides: str,
