@@ -45,6 +45,22 @@ def test_the_first_points_of_the_grid_behind_the_defaults() -> None:
     assert grid_points("fedavg", 9, 8) == ({}, *grid)
 
 
+@pytest.mark.parametrize(("n", "fits"), [(8, True), (9, False)])
+def test_no_method_may_try_more_points_than_eight(
+    monkeypatch: pytest.MonkeyPatch, n: int, fits: bool
+) -> None:
+    grid = tuple({"lr": 0.01 * (i + 1)} for i in range(n))
+    monkeypatch.setattr(type(make_method("fedavg")), "grid", grid)
+    if fits:
+        assert grid_points("fedavg", 8, 8) == ({}, *grid)
+    else:
+        with pytest.raises(ConfigError, match='"fedavg": its grid has 9 points, wanted at most 8'):
+            grid_points("fedavg", 2, 8)
+    result = call(*TUNED, "--trials", "9", "--out", "nowhere")
+    assert result.exit_code == 2
+    assert "'--trials': 9 is not in the range 0<=x<=8" in result.stderr
+
+
 @pytest.mark.parametrize("trials", [1, 2, 3])
 def test_every_method_gets_the_same_number_of_trials(trials: int) -> None:
     from fedmerge.algorithms import METHODS

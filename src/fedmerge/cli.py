@@ -178,7 +178,10 @@ def compare(
     trials: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="points of each method's grid to try (default the preset's, 0)"
+            min=0,
+            max=8,
+            metavar="N",
+            help="points of each method's grid to try (default the preset's, 0)",
         ),
     ] = None,
     tuning: Annotated[

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .runner import Outcome
 
 TUNING = "tuning"
+MOST = 8
+"""Points of a method's grid: with more to choose from, the best of them is more often luck."""
 Point = Mapping[str, object]
 """Values for some options of a method, or for lr and epochs; {} for the defaults."""
 
@@ -34,13 +36,20 @@ def grid_points(method: str, trials: int, n_clients: int | None) -> tuple[Point,
     and so are those that do not go with the number of clients.
 
     Raises:
-        ConfigError: an unknown method or option.
+        ConfigError: an unknown method or option, or a grid of more than `MOST` points.
     """
     from ..algorithms import make_method
 
+    grid = make_method(method).grid
+    if len(grid) > MOST:
+        raise ConfigError(
+            f'method "{method}": its grid has {len(grid)} points, wanted at most {MOST}; keep the '
+            "most promising"
+        )
+
     fixed = {pair.partition("=")[0] for pair in method.split(":")[1:]}
     points: list[Point] = [{}]
-    for point in make_method(method).grid:
+    for point in grid:
         if len(points) > trials:
             break
         if fixed & point.keys():
