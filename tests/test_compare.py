@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,6 +416,71 @@ def test_seeds_beyond_what_files_hold_are_refused_first(tmp_path: Path) -> None:
     result = call("compare", *names, "--seeds", 2**63 - 1)
     assert (result.exit_code, result.stderr) == (0, "")
     assert read_rows(tmp_path / "x")[0]["seed"] == 2**63 - 1
+
+
+def test_what_is_said_of_a_damaged_file_helps(tmp_path: Path) -> None:
+    """Each piece of advice is followed to the letter; only a run that lost a file is run again."""
+    names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0-1")
+    compare = ("compare", *names, *TINY, "--trials", "1", "--workers", "1", "--out", tmp_path)
+    report = ("report", tmp_path)
+    runs = [tmp_path / "runs" / f"gaussian--concept--fedavg--s{seed}" for seed in (0, 1)]
+    choice = tmp_path / "tuning" / "gaussian--concept--fedavg.json"
+    facts = tmp_path / "comparison.json"
+
+    def cut(path: Path, *command: object) -> str:
+        """Damage `path`; return what the command says of it."""
+        path.write_bytes(path.read_bytes()[:20])
+        result = call(*command)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert str(path) in result.stderr
+        return result.stderr
+
+    def mended(*command: object, again: int = 0) -> None:
+        """Follow the advice: the command works, and runs so many of the runs again."""
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/result.json")}
+        result = call(*command)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert all((run / "result.json").is_file() for run in runs)
+        after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/result.json")}
+        assert sum(before.get(path) != time for path, time in after.items()) == again
+        assert call(*report).exit_code == 0
+        assert {row["seed"] for row in read_rows(tmp_path)} == {0, 1}
+
+    assert call(*compare).exit_code == 0
+    whole = facts.read_text()
+    for name in ("results.jsonl", "clients.parquet"):
+        said = cut(tmp_path / name, *report)
+        assert "remove it, and `fedmerge report` writes it anew from the runs" in said
+        (tmp_path / name).unlink()
+        mended(*report)
+
+    # comparison.json, damaged and lost.
+    told = f"write {whole.strip()} into {facts}"
+    for lose in (False, True):
+        assert "`fedmerge compare` with the options that made it says how" in cut(facts, *report)
+        assert told in cut(facts, *compare)
+        if lose:
+            facts.unlink()
+            assert "to be told how to mend it" in call(*report).stderr
+            assert told in call(*compare).stderr
+        facts.write_text(whole)
+        mended(*compare)
+
+    # Files of a run: its settings, also of one that is not asked for, and its result.
+    for command in (compare, (*compare, "--seeds", "0")):
+        assert f"remove {runs[1]} to run it again" in cut(runs[1] / "config.json", *command)
+        assert "delete its run folder and run it again" in call(*report).stderr
+        shutil.rmtree(runs[1])
+        mended(*compare, again=1)
+    assert "remove it or choose another --out" in cut(runs[0] / "result.json", *compare)
+    (runs[0] / "result.json").unlink()
+    mended(*compare, again=1)
+
+    # What tuning chose.
+    assert "remove it, and give the command of the comparison again" in cut(choice, *report)
+    assert "remove it or choose another --out" in cut(choice, *compare)
+    choice.unlink()
+    mended(*compare)
 
 
 def test_a_folder_is_one_comparisons_at_a_time(tmp_path: Path) -> None:

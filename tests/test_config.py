@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -277,12 +278,17 @@ def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
     load_config(None, {**TINY, "method": "local"}).run(tmp_path)
     with pytest.raises(StateError, match="epochs is 1 there and 2 here; choose another --out"):
         load_config(None, {**TINY, "method": "local", "epochs": 2}).run(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(StateError, match=r"holds log\.jsonl but no config\.json"):
-        load_config(None, {**TINY, "method": "local"}).run(tmp_path)
     (tmp_path / "config.json").write_text('{"rounds":')
-    with pytest.raises(StateError, match=r"config\.json is damaged"):
+    with pytest.raises(StateError, match=r"config\.json is damaged .*remove config\.json, log"):
         load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+    (tmp_path / "config.json").unlink()
+    held = r"holds log\.jsonl but no config\.json; remove log\.jsonl, result\.json, checkpoint th"
+    with pytest.raises(StateError, match=held):
+        load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert load_config(None, {**TINY, "method": "local"}).run(tmp_path)["rounds"] == 2
 
 
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:

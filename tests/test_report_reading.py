@@ -245,5 +245,5 @@ def test_a_row_that_makes_no_sense_is_named(
 def test_a_damaged_table_of_clients_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path, settings=("domain",), methods=("local",), seeds=(0,), rounds=2)
     (tmp_path / "clients.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(StateError, match=r"clients.parquet: cannot be read .*fedmerge compare"):
+    with pytest.raises(StateError, match=r"clients.parquet: cannot be read .*fedmerge report"):
         load_runs(tmp_path)
