@@ -448,11 +448,13 @@ def test_what_is_said_of_a_damaged_file_helps(tmp_path: Path) -> None:
 
     assert call(*compare).exit_code == 0
     whole = facts.read_text()
-    for name in ("results.jsonl", "clients.parquet"):
+    tables = {name: (tmp_path / name).read_bytes() for name in ("results.jsonl", "clients.parquet")}
+    for name in tables:
         said = cut(tmp_path / name, *report)
         assert "remove it, and `fedmerge report` writes it anew from the runs" in said
         (tmp_path / name).unlink()
         mended(*report)
+        assert (tmp_path / name).read_bytes() == tables[name]
 
     # comparison.json, damaged and lost.
     told = f"write {whole.strip()} into {facts}"

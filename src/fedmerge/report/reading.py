@@ -78,9 +78,14 @@ def load_history(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]] | No
 
 
 def unlisted(folder: Path) -> bool:
-    """Whether runs of `folder` have finished since its tables were written, or before any was."""
+    """Whether a table of `folder` is missing, or runs have finished since they were written.
+
+    Not where folders of runs are gone, which only the tables still know of.
+    """
     finished = sum(1 for _ in folder.glob("runs/*/result.json"))
-    return finished > len(_by_run(folder / "results.jsonl"))
+    listed = len(_by_run(folder / "results.jsonl"))
+    lost = not (folder / "clients.parquet").is_file()
+    return finished > listed or (0 < finished == listed and lost)
 
 
 def unfinished(folder: Path) -> tuple[str, ...]:
