@@ -5,6 +5,7 @@ The statistics and the page are tested with the report.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -498,6 +499,22 @@ def test_a_folder_is_one_comparisons_at_a_time(tmp_path: Path) -> None:
     assert call("compare", *names, *TINY, "--out", tmp_path).exit_code == 0
     with locked(tmp_path):  # who only reads need not wait
         assert call("report", tmp_path).exit_code == 0
+
+
+def test_why_cells_failed_is_said_though_tables_fail_too(tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "clients.parquet")
+
+    names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0-1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmerge.cli.run_cell", one_killed)
+        patch.setattr("fedmerge.compare.results.write_bytes", full)
+        result = call("compare", *names, *TINY, "--workers", "1", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "fedmerge: gaussian--concept--fedavg--s1: its process was killed by signal 9",
+        "fedmerge: clients.parquet: No space left on device; what is written stays whole",
+    ]
 
 
 # -- kills and Ctrl-C ------------------------------------------------------------------------------

@@ -254,17 +254,24 @@ def compare(
             total, done = plan.total, plan.done
             size = min(workers or os.cpu_count() or 1, total - done)
             down = trackers.prepare(tracked if size else (), out)
-            with Crew(run_cell, size, partial(prepare_worker, down)) as crew:
-                _check_cells(plan.unfinished())
-                folder.claim_comparison(out, protocol.facts())
-                with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
-                    for outcome in crew.run(plan.ready(), out, plan.after):
-                        total = plan.total
-                        show(outcome.cell, total)
-                        done += outcome.error is None
-                        if outcome.error is not None:
-                            failures.append(outcome)
-            screen.print_comparison(plan.cells(), out, screen.tuning_notes(plan, protocol.trials))
+            try:
+                with Crew(run_cell, size, partial(prepare_worker, down)) as crew:
+                    _check_cells(plan.unfinished())
+                    folder.claim_comparison(out, protocol.facts())
+                    with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
+                        for outcome in crew.run(plan.ready(), out, plan.after):
+                            total = plan.total
+                            show(outcome.cell, total)
+                            done += outcome.error is None
+                            if outcome.error is not None:
+                                failures.append(outcome)
+                notes = screen.tuning_notes(plan, protocol.trials)
+                screen.print_comparison(plan.cells(), out, notes)
+            finally:  # whatever else went wrong: it may well be the same
+                for failure in failures:
+                    if debugging():
+                        print(failure.details, file=sys.stderr)
+                    complain(f"{failure.cell.name}: {failure.error}")
     except KeyboardInterrupt as error:
         what = "runs (trials and cells)" if protocol.trials else "cells"
         kept = (
@@ -273,10 +280,6 @@ def compare(
             else "no cell has run"
         )
         raise StoppedError(f"stopped; {kept}; the same command goes on from there") from error
-    for failure in failures:
-        if debugging():
-            print(failure.details, file=sys.stderr)
-        complain(f"{failure.cell.name}: {failure.error}")
     untuned = plan.failures()
     for name, choice in untuned.items():
         again = "the same command tries them again"
