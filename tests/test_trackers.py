@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,22 @@ def test_a_tracker_that_never_answers_is_not_waited_for(
         result = run(tmp_path / "a", [f"mlflow:http://127.0.0.1:{silent.getsockname()[1]}"])
     assert "cannot be written" in capsys.readouterr().err
     assert result["rounds"] == 3
+
+
+def test_a_database_that_cannot_be_opened_is_not_waited_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.store.db import utils
+
+    name = f"mlflow:sqlite:///{tmp_path}"  # a folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "MAX_RETRY_COUNT", 10)
+        start = time.monotonic()
+        assert trackers.prepare([name], tmp_path) == {name}
+        assert time.monotonic() - start < 30
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"fedmerge: --track {name} cannot be written (")
 
 
 def test_a_place_that_cannot_be_written_spoils_nothing(

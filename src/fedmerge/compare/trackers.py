@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,6 +132,10 @@ def _experiment(where: str) -> tuple[Any, str]:
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
 
+    with suppress(ImportError):  # not in every edition of MLflow
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = 2  # by default a database that cannot be opened costs 109 s
     client = MlflowClient(tracking_uri=where)
     found = client.get_experiment_by_name(EXPERIMENT)
     return client, str(found.experiment_id if found else client.create_experiment(EXPERIMENT))
