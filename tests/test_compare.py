@@ -105,6 +105,8 @@ def work(config: dict[str, Any], folder: Path) -> None:
             raise StateError("first line\nsecond line")
         case "bug":
             raise KeyError("lost")
+        case "words":
+            raise RuntimeError("boom\nin two lines")
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":
@@ -148,7 +150,8 @@ def test_workers_live_for_many_cells(tmp_path: Path) -> None:
     ("method", "error"),
     [
         ("raise", "first line second line"),
-        ("bug", "KeyError('lost')"),
+        ("bug", "KeyError: 'lost'"),
+        ("words", "RuntimeError: boom in two lines"),
         ("killed", "its process was killed by signal 9"),
         ("exit", "its process ended with exit code 3"),
     ],
@@ -160,7 +163,7 @@ def test_a_cell_that_fails_is_named_and_the_others_finish(
     assert [(o.cell.name, o.error) for o in outcomes if o.error] == [(f"{method}-1", error)]
     assert sum(o.error is None for o in outcomes) == 3
     details = next(o.details for o in outcomes if o.error)
-    assert ("Traceback" in details) == (method in ("raise", "bug"))
+    assert ("Traceback" in details) == (method in ("raise", "bug", "words"))
 
 
 def test_the_longest_cells_go_first(tmp_path: Path) -> None:

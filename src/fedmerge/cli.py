@@ -101,6 +101,12 @@ def _group(
     """Personalised federated learning by model merging."""
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise typer.BadParameter(f'got "{text}", wanted a path; "." for the current folder.')
+    return Path(text)
+
+
 QUIET = typer.Option("--quiet", help="no progress, only the result")
 SECONDS = typer.Option(min=0, metavar="X", help="seconds from one checkpoint to the next")
 
@@ -111,7 +117,10 @@ def run(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.toml]", help="settings; options override them")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for log, checkpoint and result")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_folder, metavar="DIR", help="folder for log, checkpoint and result"),
+    ] = None,
     quiet: Annotated[bool, QUIET] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="seconds by phase at the end, and in profile.json")
@@ -156,7 +165,12 @@ def run(
 @app.command()
 @config_options("data", "setting", "method", "chosen", "seed", "workers", "address")
 def compare(
-    out: Annotated[Path, typer.Option(help="folder for runs, results and report.html")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=_folder, metavar="DIR", help="folder for runs, results and report.html"
+        ),
+    ],
     preset: Annotated[
         str | None,
         typer.Option(help="quick, standard or paper: a comparison, of which options replace parts"),
