@@ -96,6 +96,8 @@ finally:
     [
         (["run", "--round", "3"], 'unknown option "--round"; did you mean "--rounds"?'),
         (["run", "--rounds", "0"], 'rounds: got "0", wanted a whole number of at least 1'),
+        (["run", "--out", ""], "Invalid value for '--out': got \"\", wanted a path"),
+        (["compare", "--out", ""], "Invalid value for '--out': got \"\", wanted a path"),
         (["runn"], "No such command 'runn'. Did you mean 'run'?"),
     ],
 )
@@ -139,11 +141,12 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
         assert timeless(json.loads(one)) == timeless(json.loads(other))
 
 
-def test_ctrl_c_keeps_a_run_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_a_run_and_says_so(tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
     process = command("run", *LONG, "--rounds", "400", "--out", out)
     wait_until(lambda: len(lines(out / "log.jsonl")) >= 3, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     code, _, errors = finish(process)
     assert (code, len(errors)) == (130, 1)
     assert errors[0].startswith("fedmerge: stopped after round ")

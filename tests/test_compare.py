@@ -5,8 +5,10 @@ The statistics and the page are tested with the report.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +23,9 @@ from typer.testing import CliRunner, Result
 
 from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
+from fedmerge.compare.folder import check_beside, locked, write_config
 from fedmerge.compare.runner import Crew, Outcome
-from fedmerge.config import run_cell
+from fedmerge.config import load_config, run_cell
 from fedmerge.errors import ConfigError, MissingExtraError, StateError
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -75,7 +78,7 @@ def test_cells_come_in_the_order_asked_for() -> None:
 def test_seeds() -> None:
     assert parse_seeds("0-4") == (0, 1, 2, 3, 4)
     assert parse_seeds("7, 3,0-1") == (7, 3, 0, 1)
-    for text in ("", "1,", "a", "3-1", "-1", "1.5", "0-99999"):
+    for text in ("", "1,", "a", "3-1", "-1", "1.5", "0-99999", "9" * 5000):
         with pytest.raises(ConfigError, match="--seeds: got"):
             parse_seeds(text)
     with pytest.raises(ConfigError, match='--seeds: "3" is there twice'):
@@ -104,6 +107,8 @@ def work(config: dict[str, Any], folder: Path) -> None:
             raise StateError("first line\nsecond line")
         case "bug":
             raise KeyError("lost")
+        case "words":
+            raise RuntimeError("boom\nin two lines")
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":
@@ -147,7 +152,8 @@ def test_workers_live_for_many_cells(tmp_path: Path) -> None:
     ("method", "error"),
     [
         ("raise", "first line second line"),
-        ("bug", "KeyError('lost')"),
+        ("bug", "KeyError: 'lost'"),
+        ("words", "RuntimeError: boom in two lines"),
         ("killed", "its process was killed by signal 9"),
         ("exit", "its process ended with exit code 3"),
     ],
@@ -159,7 +165,7 @@ def test_a_cell_that_fails_is_named_and_the_others_finish(
     assert [(o.cell.name, o.error) for o in outcomes if o.error] == [(f"{method}-1", error)]
     assert sum(o.error is None for o in outcomes) == 3
     details = next(o.details for o in outcomes if o.error)
-    assert ("Traceback" in details) == (method in ("raise", "bug"))
+    assert ("Traceback" in details) == (method in ("raise", "bug", "words"))
 
 
 def test_the_longest_cells_go_first(tmp_path: Path) -> None:
@@ -345,7 +351,7 @@ def test_what_cannot_run_is_said_before_anything_starts(
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # the folder is not claimed
+    assert {path.name for path in tmp_path.iterdir()} <= {"lock"}  # the folder is not claimed
 
 
 def one_killed(config: dict[str, Any], folder: Path) -> None:
@@ -375,6 +381,145 @@ def test_a_killed_worker_is_told_at_the_end(tmp_path: Path) -> None:
         "and the same command runs only those that failed again",
     ]
     assert [row["seed"] for row in read_rows(tmp_path)] == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rounds", "3"), ("lr", "0.9"), ("clients", "5"), ("train_fraction", "0.4"), ("hidden", "5")],
+)
+def test_methods_are_compared_after_equal_training_only(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    names = ("--settings", "domain", "--seeds", "0", *TINY, "--out", tmp_path)
+    made = tmp_path / "runs" / "digits--domain--fedavg--s0"
+    config = load_config(
+        None,
+        {"setting": "domain", "clients": 4, "rounds": 2, "epochs": 1, "hidden": 4},
+    ).model_dump(mode="json")
+    (tmp_path / "comparison.json").write_text('{"format": 2, "trials": 0, "tuning_seeds": []}')
+    write_config(made, {**config, "method": "fedavg", "evaluate_every": 2, "threads": 2})
+    option = f"--{name.replace('_', '-')}"
+    result = call("compare", "--methods", "local", *names, option, value)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"fedmerge: {made} holds a run with other settings: {name} is {config[name]} there and "
+        f"{value} here; methods are compared after equal training only, so choose another --out\n"
+    )
+    # Runs of another setting are compared with others; what is not of the training may differ.
+    own = {**config, "method": "local", "seed": 5, "chosen": "lr=0.1", "track": "tensorboard"}
+    check_beside(tmp_path, [own, {**own, "setting": "dirichlet", name: json.loads(value)}])
+
+
+def test_seeds_beyond_what_files_hold_are_refused_first(tmp_path: Path) -> None:
+    names = ("--settings", "domain", "--methods", "fedavg", *TINY, "--out", tmp_path / "x")
+    result = call("compare", *names, "--seeds", 2**63)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "fedmerge: seed: got 9223372036854775808, wanted a whole number of at least 0 and at most "
+        "9223372036854775807\n",
+    )
+    assert not (tmp_path / "x").exists()
+    result = call("compare", *names, "--seeds", 2**63 - 1)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert read_rows(tmp_path / "x")[0]["seed"] == 2**63 - 1
+
+
+def test_what_is_said_of_a_damaged_file_helps(tmp_path: Path) -> None:
+    """Each piece of advice is followed to the letter; only a run that lost a file is run again."""
+    names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0-1")
+    compare = ("compare", *names, *TINY, "--trials", "1", "--workers", "1", "--out", tmp_path)
+    report = ("report", tmp_path)
+    runs = [tmp_path / "runs" / f"gaussian--concept--fedavg--s{seed}" for seed in (0, 1)]
+    choice = tmp_path / "tuning" / "gaussian--concept--fedavg.json"
+    facts = tmp_path / "comparison.json"
+
+    def cut(path: Path, *command: object) -> str:
+        """Damage `path`; return what the command says of it."""
+        path.write_bytes(path.read_bytes()[:20])
+        result = call(*command)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert str(path) in result.stderr
+        return result.stderr
+
+    def mended(*command: object, again: int = 0) -> None:
+        """Follow the advice: the command works, and runs so many of the runs again."""
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/result.json")}
+        result = call(*command)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert all((run / "result.json").is_file() for run in runs)
+        after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/result.json")}
+        assert sum(before.get(path) != time for path, time in after.items()) == again
+        assert call(*report).exit_code == 0
+        assert {row["seed"] for row in read_rows(tmp_path)} == {0, 1}
+
+    assert call(*compare).exit_code == 0
+    whole = facts.read_text()
+    tables = {name: (tmp_path / name).read_bytes() for name in ("results.jsonl", "clients.parquet")}
+    for name in tables:
+        said = cut(tmp_path / name, *report)
+        assert "remove it, and `fedmerge report` writes it anew from the runs" in said
+        (tmp_path / name).unlink()
+        mended(*report)
+        assert (tmp_path / name).read_bytes() == tables[name]
+
+    # comparison.json, damaged and lost.
+    told = f"write {whole.strip()} into {facts}"
+    for lose in (False, True):
+        assert "`fedmerge compare` with the options that made it says how" in cut(facts, *report)
+        assert told in cut(facts, *compare)
+        if lose:
+            facts.unlink()
+            assert "to be told how to mend it" in call(*report).stderr
+            assert told in call(*compare).stderr
+        facts.write_text(whole)
+        mended(*compare)
+
+    # Files of a run: its settings, also of one that is not asked for, and its result.
+    for command in (compare, (*compare, "--seeds", "0")):
+        assert f"remove {runs[1]} to run it again" in cut(runs[1] / "config.json", *command)
+        assert "delete its run folder and run it again" in call(*report).stderr
+        shutil.rmtree(runs[1])
+        mended(*compare, again=1)
+    assert "remove it or choose another --out" in cut(runs[0] / "result.json", *compare)
+    (runs[0] / "result.json").unlink()
+    mended(*compare, again=1)
+
+    # What tuning chose.
+    assert "remove it, and give the command of the comparison again" in cut(choice, *report)
+    assert "remove it or choose another --out" in cut(choice, *compare)
+    choice.unlink()
+    mended(*compare)
+
+
+def test_a_folder_is_one_comparisons_at_a_time(tmp_path: Path) -> None:
+    names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0")
+    with locked(tmp_path):
+        result = call("compare", *names, *TINY, "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"fedmerge: another comparison is running in {tmp_path}; wait for its end, or choose "
+        "another --out\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert call("compare", *names, *TINY, "--out", tmp_path).exit_code == 0
+    with locked(tmp_path):  # who only reads need not wait
+        assert call("report", tmp_path).exit_code == 0
+
+
+def test_why_cells_failed_is_said_though_tables_fail_too(tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "clients.parquet")
+
+    names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0-1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmerge.cli.run_cell", one_killed)
+        patch.setattr("fedmerge.compare.results.write_bytes", full)
+        result = call("compare", *names, *TINY, "--workers", "1", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "fedmerge: gaussian--concept--fedavg--s1: its process was killed by signal 9",
+        "fedmerge: clients.parquet: No space left on device; what is written stays whole",
+    ]
 
 
 # -- kills and Ctrl-C ------------------------------------------------------------------------------
@@ -431,9 +576,10 @@ def test_killed_and_stopped_comparisons_go_on(tmp_path: Path) -> None:
     def finished() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/result.json")}
 
-    # Killed: nobody is left behind, and what is finished stays.
+    # Killed: nobody is left behind, and what is finished stays; nor does the folder stay locked.
     process = start("1")
     wait_until(lambda: len(finished()) >= 1, process)
+    assert "another comparison is running in" in call(*arguments, "--workers", "1").stderr
     workers = family(process.pid)
     assert workers
     process.kill()

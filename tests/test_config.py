@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -80,7 +81,10 @@ def test_a_file_is_read_and_options_go_over_it(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("rond = 3", 'c.toml: unknown key "rond"; did you mean "rounds"?'),
-        ("rounds = 0", "c.toml: rounds: got 0, wanted a whole number of at least 1"),
+        (
+            "rounds = 0",
+            "c.toml: rounds: got 0, wanted a whole number of at least 1 and at most 10000000",
+        ),
         ("rounds = 2.5", "c.toml: rounds: got 2.5, wanted a whole number of at least 1"),
         ("rounds = true", "c.toml: rounds: got true, wanted a whole number of at least 1"),
         ("[training]\nlr = 1", 'c.toml: [training] is a table; write "key = value" lines only'),
@@ -127,6 +131,11 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -
         ("seed", -1),
         ("evaluate_every", 0),
         ("threads", 0),
+        ("threads", 1025),
+        ("hidden", 65537),
+        ("seed", 2**63),
+        *((name, 10**7 + 1) for name in ("clients", "rounds", "epochs", "batch_size")),
+        ("evaluate_every", 10**7 + 1),
         ("workers", 0),
         ("data", ""),
         ("method", ""),
@@ -269,12 +278,17 @@ def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
     load_config(None, {**TINY, "method": "local"}).run(tmp_path)
     with pytest.raises(StateError, match="epochs is 1 there and 2 here; choose another --out"):
         load_config(None, {**TINY, "method": "local", "epochs": 2}).run(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(StateError, match=r"holds log\.jsonl but no config\.json"):
-        load_config(None, {**TINY, "method": "local"}).run(tmp_path)
     (tmp_path / "config.json").write_text('{"rounds":')
-    with pytest.raises(StateError, match=r"config\.json is damaged"):
+    with pytest.raises(StateError, match=r"config\.json is damaged .*remove config\.json, log"):
         load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+    (tmp_path / "config.json").unlink()
+    held = r"holds log\.jsonl but no config\.json; remove log\.jsonl, result\.json, checkpoint th"
+    with pytest.raises(StateError, match=held):
+        load_config(None, {**TINY, "method": "local"}).run(tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert load_config(None, {**TINY, "method": "local"}).run(tmp_path)["rounds"] == 2
 
 
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:

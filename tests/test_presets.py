@@ -130,6 +130,10 @@ def test_a_preset_with_a_typo() -> None:
         ({"tuning_seeds": "7-9", "seeds": "0,8"}, "--tuning-seeds: seed 8 is reported as well"),
         ({"tuning_seeds": "x"}, '--tuning-seeds: got "x"'),
         ({"data": "heart", "settings": "domain"}, "--data heart fits no setting"),
+        # What is empty, as a variable of a script may be, is not the preset's.
+        ({"seeds": ""}, '--seeds: got ""'),
+        ({"settings": ""}, '--settings: got ""'),
+        ({"methods": ""}, '--methods: got ""'),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, object], message: str) -> None:

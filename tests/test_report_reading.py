@@ -6,6 +6,7 @@ Most folders are made up; one is written by the same code that a comparison uses
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -170,6 +171,15 @@ def test_a_run_that_finished_after_the_tables_is_shown_too(tmp_path: Path) -> No
     assert [run.method for run in load_runs(tmp_path)] == ["local", "fedmerge"]
 
 
+def test_a_table_that_is_lost_is_written_anew_unless_runs_are_lost_too(tmp_path: Path) -> None:
+    write_folder(tmp_path, settings=("domain",), methods=("local",), seeds=(0, 1), rounds=4)
+    (tmp_path / "clients.parquet").unlink()
+    assert unlisted(tmp_path)
+    shutil.rmtree(tmp_path / "runs" / "digits--domain--local--s1")
+    assert not unlisted(tmp_path)
+    assert not unlisted(tmp_path / "nothing")
+
+
 def test_columns_bear_the_data_set_only_where_there_are_several(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", settings=("domain",), methods=("local",), seeds=(0,), rounds=2)
     assert [run.column for run in load_runs(tmp_path / "a")] == ["domain"]
@@ -245,5 +255,5 @@ def test_a_row_that_makes_no_sense_is_named(
 def test_a_damaged_table_of_clients_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path, settings=("domain",), methods=("local",), seeds=(0,), rounds=2)
     (tmp_path / "clients.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(StateError, match=r"clients.parquet: cannot be read .*fedmerge compare"):
+    with pytest.raises(StateError, match=r"clients.parquet: cannot be read .*fedmerge report"):
         load_runs(tmp_path)

@@ -6,7 +6,11 @@ What is read back is compared with the run's own log and result.
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +22,7 @@ from fedmerge.compare import trackers
 from fedmerge.compare.execute import execute
 from fedmerge.compare.folder import COMPARISON
 from fedmerge.compare.trackers import check_trackers, tracked
-from fedmerge.config import RunConfig
+from fedmerge.config import RunConfig, prepare_worker
 from fedmerge.errors import ConfigError, MissingExtraError
 
 CONFIG = RunConfig(
@@ -31,8 +35,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trackers that failed in another test are tried again; no waiting for those that are down."""
     monkeypatch.setattr(trackers, "_down", set())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name in trackers.PATIENCE:
-        monkeypatch.setenv(name, "1")
+    for name, value in trackers.PATIENCE.items():
+        monkeypatch.setenv(name, "1" if value.isdecimal() else value)
 
 
 def run(folder: Path, names: list[str], stop_after: int | None = None) -> dict[str, Any]:
@@ -176,6 +180,25 @@ def test_mlflow_holds_settings_rounds_and_result(tmp_path: Path, store: str) -> 
         assert found.data.metrics[name] == pytest.approx(value, rel=1e-12)
 
 
+def test_no_run_of_a_comparison_is_lost(tmp_path: Path, store: str) -> None:
+    """The database is made before the processes start, which would do so all at once."""
+    names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg,local")
+    names += ("--seeds", "0-1", "--track", "mlflow")
+    sizes = ("--clients", "4", "--rounds", "2", "--epochs", "1", "--hidden", "4", "--workers", "4")
+    done = subprocess.run(
+        [sys.executable, "-m", "fedmerge", "compare", *names, *sizes, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    _, found = runs_of(f"sqlite:///{tmp_path}/mlflow.db")
+    assert sorted(run.info.run_name for run in found) == [
+        f"gaussian--concept--{method}--s{seed}" for method in ("fedavg", "local") for seed in (0, 1)
+    ]
+    assert {run.info.status for run in found} == {"FINISHED"}
+
+
 # -- trackers that cannot be used ------------------------------------------------------------------
 
 
@@ -196,6 +219,14 @@ def test_a_tracker_that_is_down_is_named_once_and_the_run_finishes(
         run(tmp_path / "b", [name])
         assert capsys.readouterr().err == ""
         assert (tmp_path / "b" / "result.json").is_file()
+        # In a comparison the command finds out, and its processes do not try.
+        trackers._down.clear()
+        down = trackers.prepare([name, "tensorboard"], tmp_path)
+        assert (down, len(capsys.readouterr().err.splitlines())) == ({name}, 1)
+        trackers._down.clear()
+        prepare_worker(down)
+        run(tmp_path / "c", [name])
+        assert capsys.readouterr().err == ""
 
 
 def test_a_tracker_that_never_answers_is_not_waited_for(
@@ -208,6 +239,22 @@ def test_a_tracker_that_never_answers_is_not_waited_for(
         result = run(tmp_path / "a", [f"mlflow:http://127.0.0.1:{silent.getsockname()[1]}"])
     assert "cannot be written" in capsys.readouterr().err
     assert result["rounds"] == 3
+
+
+def test_a_database_that_cannot_be_opened_is_not_waited_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.store.db import utils
+
+    name = f"mlflow:sqlite:///{tmp_path}"  # a folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "MAX_RETRY_COUNT", 10)
+        start = time.monotonic()
+        assert trackers.prepare([name], tmp_path) == {name}
+        assert time.monotonic() - start < 30
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"fedmerge: --track {name} cannot be written (")
 
 
 def test_a_place_that_cannot_be_written_spoils_nothing(

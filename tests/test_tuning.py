@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,22 @@ def test_the_first_points_of_the_grid_behind_the_defaults() -> None:
     assert len(grid) == 4
     assert grid_points("fedavg", 2, 8) == ({}, *grid[:2])
     assert grid_points("fedavg", 9, 8) == ({}, *grid)
+
+
+@pytest.mark.parametrize(("n", "fits"), [(8, True), (9, False)])
+def test_no_method_may_try_more_points_than_eight(
+    monkeypatch: pytest.MonkeyPatch, n: int, fits: bool
+) -> None:
+    grid = tuple({"lr": 0.01 * (i + 1)} for i in range(n))
+    monkeypatch.setattr(type(make_method("fedavg")), "grid", grid)
+    if fits:
+        assert grid_points("fedavg", 8, 8) == ({}, *grid)
+    else:
+        with pytest.raises(ConfigError, match='"fedavg": its grid has 9 points, wanted at most 8'):
+            grid_points("fedavg", 2, 8)
+    result = call(*TUNED, "--trials", "9", "--out", "nowhere")
+    assert result.exit_code == 2
+    assert "'--trials': 9 is not in the range 0<=x<=8" in result.stderr
 
 
 @pytest.mark.parametrize("trials", [1, 2, 3])
@@ -396,6 +413,30 @@ def test_before_a_cell_has_begun_failed_trials_are_run_again(tmp_path: Path) -> 
     assert chosen(again) == ["lr=0.1", "lr=0.1"]
 
 
+def test_cells_that_only_began_do_not_keep_the_defaults(tmp_path: Path) -> None:
+    """As on a disk that is full for a while: trials fail, and the cells after them, too."""
+
+    def full(cell: Cell) -> str:
+        write_config(cell.folder(tmp_path), cell.config)
+        append_log(cell.folder(tmp_path), {"round": 1, "metrics": {}})
+        return "No space left on device"
+
+    plan = Tuning(groups_of(), tmp_path)
+    play(plan, tmp_path, full)
+    assert plan.failures()
+    assert not plan.finished("digits--domain--ditto")
+    again = Tuning(groups_of(), tmp_path)
+    assert [cell.root for cell in again.ready()] == ["tuning"] * 3
+    figures = {None: 0.5, "lr=0.1": 0.9, "lam=2.0": 0.5}
+    play(again, tmp_path, lambda cell: [logged(figures[cell.config["chosen"]], 1.0)])
+    assert (chosen(again), again.failures()) == (["lr=0.1", "lr=0.1"], {})
+    assert again.finished("digits--domain--ditto")
+    for cell in again.cells():
+        folder = cell.folder(tmp_path)
+        assert json.loads((folder / "config.json").read_text())["chosen"] == "lr=0.1"
+        assert len((folder / "log.jsonl").read_text().splitlines()) == 1  # what had begun is gone
+
+
 # -- that it stands --------------------------------------------------------------------------------
 
 
@@ -501,6 +542,21 @@ def test_failed_trials_are_told_and_all_cells_are_there(tmp_path: Path) -> None:
         (method, seed) for method in ("fedavg", "ditto") for seed in (0, 1)
     }
     assert all(row["chosen"] == {} for row in rows if row["method"] == "ditto")
+    # It stays said: by the next command, in its exit code, and on the page.
+    again = call(*TUNED, "--rounds", "2", "--workers", "1", "--out", tmp_path)
+    assert (again.exit_code, again.stderr.splitlines()) == (1, errors[2:])
+    assert "on 1 seed not reported" in again.stdout
+    assert " of 1 groups (method, data and setting)" in again.stdout
+    page = (tmp_path / "report.html").read_text()
+    assert "run with the method&#39;s defaults: ditto in concept." in page
+    # And what it says to do helps.
+    assert f"remove {tmp_path}/tuning/gaussian--concept--ditto.json and" in errors[2]
+    (tmp_path / "tuning" / "gaussian--concept--ditto.json").unlink()
+    for folder in tmp_path.glob("runs/gaussian--concept--ditto--s*"):
+        shutil.rmtree(folder)
+    result = call(*TUNED, "--rounds", "2", "--workers", "1", "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "Not tuned" not in (tmp_path / "report.html").read_text()
 
 
 def test_more_trials_than_the_grid_has_are_all_of_it_and_said(tmp_path: Path) -> None:

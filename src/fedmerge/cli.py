@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,6 +102,12 @@ def _group(
     """Personalised federated learning by model merging."""
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise typer.BadParameter(f'got "{text}", wanted a path; "." for the current folder.')
+    return Path(text)
+
+
 QUIET = typer.Option("--quiet", help="no progress, only the result")
 SECONDS = typer.Option(min=0, metavar="X", help="seconds from one checkpoint to the next")
 
@@ -112,7 +118,10 @@ def run(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.toml]", help="settings; options override them")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for log, checkpoint and result")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_folder, metavar="DIR", help="folder for log, checkpoint and result"),
+    ] = None,
     quiet: Annotated[bool, QUIET] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="seconds by phase at the end, and in profile.json")
@@ -157,7 +166,12 @@ def run(
 @app.command()
 @config_options("data", "setting", "method", "chosen", "seed", "workers", "address")
 def compare(
-    out: Annotated[Path, typer.Option(help="folder for runs, results and report.html")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=_folder, metavar="DIR", help="folder for runs, results and report.html"
+        ),
+    ],
     preset: Annotated[
         str | None,
         typer.Option(help="quick, standard or paper: a comparison, of which options replace parts"),
@@ -179,7 +193,10 @@ def compare(
     trials: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="points of each method's grid to try (default the preset's, 0)"
+            min=0,
+            max=8,
+            metavar="N",
+            help="points of each method's grid to try (default the preset's, 0)",
         ),
     ] = None,
     tuning: Annotated[
@@ -193,7 +210,9 @@ def compare(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="processes", show_default="one for each CPU"),
+        typer.Option(
+            min=1, max=1024, metavar="N", help="processes", show_default="one for each CPU"
+        ),
     ] = None,
     quiet: Annotated[bool, QUIET] = False,
     **overrides: str,
@@ -205,7 +224,7 @@ def compare(
             f"--execution {shared.execution} is for `fedmerge run`: a comparison runs its cells in "
             "--workers processes already, which may not start others"
         )
-    shared.trackers()
+    tracked = shared.trackers()
     from .compare.presets import Names, make_protocol
 
     protocol = make_protocol(
@@ -222,7 +241,7 @@ def compare(
     done = total = 0
     try:
         from .compare import cells as parts
-        from .compare import folder, screen
+        from .compare import folder, screen, trackers
         from .compare.runner import Crew
         from .compare.tuning import Tuning, grid_points, make_groups
 
@@ -242,22 +261,32 @@ def compare(
         cells = parts.make_cells(configure, protocol.pairs, protocol.methods, protocol.seeds)
         groups = make_groups(cells, points, protocol.tuning_seeds)
         folder.check_writable(out)
-        folder.check_facts(out, protocol.facts())
-        plan = Tuning(groups, out)
-        total, done = plan.total, plan.done
-        size = min(workers or os.cpu_count() or 1, total - done)
         failures = []
-        with Crew(run_cell, size, prepare_worker) as crew:
-            _check_cells(plan.unfinished())
-            folder.claim_comparison(out, protocol.facts())
-            with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
-                for outcome in crew.run(plan.ready(), out, plan.after):
-                    total = plan.total
-                    show(outcome.cell, total)
-                    done += outcome.error is None
-                    if outcome.error is not None:
-                        failures.append(outcome)
-        screen.print_comparison(plan.cells(), out, screen.tuning_notes(plan, protocol.trials))
+        with folder.locked(out):
+            folder.check_facts(out, protocol.facts())
+            folder.check_beside(out, [cell.config for cell in cells])
+            plan = Tuning(groups, out)
+            total, done = plan.total, plan.done
+            size = min(workers or os.cpu_count() or 1, total - done)
+            down = trackers.prepare(tracked if size else (), out)
+            try:
+                with Crew(run_cell, size, partial(prepare_worker, down)) as crew:
+                    _check_cells(plan.unfinished())
+                    folder.claim_comparison(out, protocol.facts())
+                    with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
+                        for outcome in crew.run(plan.ready(), out, plan.after):
+                            total = plan.total
+                            show(outcome.cell, total)
+                            done += outcome.error is None
+                            if outcome.error is not None:
+                                failures.append(outcome)
+                notes = screen.tuning_notes(plan, protocol.trials)
+                screen.print_comparison(plan.cells(), out, notes)
+            finally:  # whatever else went wrong: it may well be the same
+                for failure in failures:
+                    if debugging():
+                        print(failure.details, file=sys.stderr)
+                    complain(f"{failure.cell.name}: {failure.error}")
     except KeyboardInterrupt as error:
         what = "runs (trials and cells)" if protocol.trials else "cells"
         kept = (
@@ -266,15 +295,17 @@ def compare(
             else "no cell has run"
         )
         raise StoppedError(f"stopped; {kept}; the same command goes on from there") from error
-    for failure in failures:
-        if debugging():
-            print(failure.details, file=sys.stderr)
-        complain(f"{failure.cell.name}: {failure.error}")
-    for name, choice in plan.failures().items():
+    untuned = plan.failures()
+    for name, choice in untuned.items():
+        again = "the same command tries them again"
+        if plan.finished(name):
+            again = (
+                f"remove {out}/tuning/{name}.json and {out}/runs/{name}--s* and give the same "
+                "command to tune it again"
+            )
         complain(
             f"{name} was not tuned, as {len(choice.failed)} of its trials failed: it has the "
-            f"method's defaults; remove {out}/tuning/{name}.json and {out}/runs/{name}--s* and "
-            "give the same command to tune it again"
+            f"method's defaults; {again}"
         )
     lost = [failure.cell for failure in failures if failure.cell.root == parts.RUNS]
     if lost:
@@ -282,7 +313,7 @@ def compare(
             f"{len(lost)} of {len(cells)} cells failed; the others are kept in {out}, "
             "and the same command runs only those that failed again"
         )
-    if failures:
+    if failures or untuned:
         raise typer.Exit(1)
 
 

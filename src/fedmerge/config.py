@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .sim import RoundLog, Simulation
 
 Text = Annotated[str, Field(min_length=1)]
+MOST = 10_000_000
+"""Of clients, rounds and the like: beyond it a number is a slip, and some overflow."""
 
 
 class RunConfig(BaseModel):
@@ -47,30 +49,36 @@ class RunConfig(BaseModel):
         examples=["key=value:key=value, each key once"],
     )
     model: Text = Field("mlp", description="model that every client trains")
-    hidden: int = Field(32, ge=1, description="width of the model's hidden layers, in units")
+    hidden: int = Field(
+        32, ge=1, le=65536, description="width of the model's hidden layers, in units"
+    )
     clients: int | None = Field(
-        32, ge=1, description="number of clients; none for all that the data has"
+        32, ge=1, le=MOST, description="number of clients; none for all that the data has"
     )
     train_fraction: float = Field(
         0.5, gt=0, lt=1, description="share of a client's examples to train on"
     )
-    rounds: int = Field(60, ge=1, description="rounds of communication")
+    rounds: int = Field(60, ge=1, le=MOST, description="rounds of communication")
     participation: float = Field(
         1.0, gt=0, le=1, description="share of the clients drawn for each round"
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="chance that a drawn client fails to answer in a round"
     )
-    epochs: int = Field(5, ge=1, description="local passes over the training data in a round")
+    epochs: int = Field(
+        5, ge=1, le=MOST, description="local passes over the training data in a round"
+    )
     lr: float = Field(0.3, gt=0, le=1000, description="learning rate of local SGD")
-    batch_size: int = Field(16, ge=1, description="examples in a local step")
+    batch_size: int = Field(16, ge=1, le=MOST, description="examples in a local step")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of local SGD")
     weight_decay: float = Field(0.0, ge=0, le=1000, description="L2 penalty of local SGD, per step")
     clip: float | None = Field(
         None, gt=0, le=1e6, description="largest norm of a local gradient, or none for no limit"
     )
-    seed: int = Field(0, ge=0, description="seed of every random draw")
-    evaluate_every: int = Field(1, ge=1, description="rounds from one evaluation to the next")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random draw")
+    evaluate_every: int = Field(
+        1, ge=1, le=MOST, description="rounds from one evaluation to the next"
+    )
     evaluate_on: float = Field(
         1.0, gt=0, le=1, description="share of the clients that an evaluation measures"
     )
@@ -83,7 +91,7 @@ class RunConfig(BaseModel):
     address: Text | None = Field(
         None, description="of a running Ray cluster, host:port or auto, or none for one of its own"
     )
-    threads: int = Field(1, ge=1, description="CPU threads of a process")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of a process")
     track: Text | None = Field(
         None,
         description="where else to log: tensorboard, mlflow or both, with a place as "
@@ -245,12 +253,15 @@ def import_core() -> None:
     from . import algorithms, data, models, sim  # noqa: F401
 
 
-def prepare_worker() -> None:
-    """Import the core; what there is to say of the data, the command itself has said."""
+def prepare_worker(trackers_down: Collection[str] = ()) -> None:
+    """Import the core; what there is to say of data and trackers, the command itself has said."""
     import warnings
 
     import_core()
+    from .compare.trackers import leave_out
     from .data import DataWarning
+
+    leave_out(trackers_down)
 
     warnings.simplefilter("ignore", DataWarning)
 
@@ -302,7 +313,7 @@ def describe_limits(field: FieldInfo) -> str:
     words = field.examples[0] if field.examples else words
     signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = [
-        f"{sign} {getattr(limit, name):g}"
+        f"{sign} {_number(getattr(limit, name))}"
         for limit in field.metadata
         for name, sign in signs.items()
         if hasattr(limit, name)
@@ -310,6 +321,10 @@ def describe_limits(field: FieldInfo) -> str:
     text = " and ".join(limits)
     words += f" of {text}" if text.startswith("at") else f" {text}" if text else ""
     return f"{words}, or none" if optional else words
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _read_file(path: Path) -> dict[str, Any]:

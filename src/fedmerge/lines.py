@@ -6,7 +6,9 @@ It runs a command and reports how it ended; what commands there are is in `cli`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -21,7 +23,7 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class StoppedError(Exception):
-    """Ctrl-C; the text says what was kept."""
+    """Ctrl-C or SIGTERM; the text says what was kept."""
 
 
 class OneLine(TyperGroup):
@@ -29,6 +31,9 @@ class OneLine(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line and end the process with its exit code."""
+        here = threading.current_thread() is threading.main_thread()
+        # To be told to end is as Ctrl-C: what is done is kept, and a line says so.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _each_once()
@@ -46,6 +51,9 @@ class OneLine(TyperGroup):
             what = f"{error.filename}: " if error.filename else ""
             complain(f"{what}{error.strerror or error}; what is written stays whole")
             code = 2
+        finally:
+            if here:
+                signal.signal(signal.SIGTERM, before)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:

@@ -159,7 +159,7 @@ def parse_seeds(text: str, option: str = "--seeds") -> tuple[int, ...]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,19})\s*(?:-\s*([0-9]{1,19})\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise ConfigError(f'{option}: got "{text}", wanted e.g. "0-4" or "0,3,7-9"')

@@ -10,7 +10,8 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,13 @@ PROFILE = "profile.json"
 WEIGHTS = "weights.npz"
 CHECKPOINT = "checkpoint"
 COMPARISON = "comparison.json"
+LOCK = "lock"
 FORMAT = 2
 """Of a comparison's folder."""
 FREE = {"workers", "address", "track"}
 """Settings that no result depends on: a run may go on with others."""
+OWN = FREE | {"method", "seed", "chosen", "evaluate_every", "execution", "threads"}
+"""Settings in which runs that are compared with each other may differ."""
 
 
 def check_writable(folder: Path) -> None:
@@ -48,28 +52,76 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other comparisons out of `out`; the system lets go of it when this process ends.
+
+    Raises:
+        StateError: another process holds it.
+    """
+    with (out / LOCK).open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(
+                f"another comparison is running in {out}; wait for its end, or choose another --out"
+            ) from error
+        except (ImportError, OSError):  # a system, or a file system, without locks
+            pass
+        yield
+
+
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a folder that holds a run with other settings; an empty folder is fine.
 
     Raises:
         StateError: the settings differ (the text names them), or cannot be read.
     """
-    stored = read_json(folder / CONFIG)
+    held = [name for name in (CONFIG, LOG, RESULT, CHECKPOINT) if (folder / name).exists()]
+    again = f"remove {', '.join(held)} there to run it again, or choose another --out"
+    stored = read_json(folder / CONFIG, again)
     if stored is None:
-        foreign = [name for name in (LOG, RESULT, CHECKPOINT) if (folder / name).exists()]
-        if foreign:
-            raise StateError(f"{folder} holds {foreign[0]} but no {CONFIG}; choose another --out")
+        if held:
+            raise StateError(f"{folder} holds {held[0]} but no {CONFIG}; {again}")
         return
-    differing = [
-        f"{key} is {_show(stored, key)} there and {_show(config, key)} here"
-        for key in sorted({*stored, *config} - FREE)
-        if (key in stored, stored.get(key)) != (key in config, config.get(key))
-    ]
+    differing = _differing(stored, config, {*stored, *config} - FREE)
     if differing:
         raise StateError(
-            f"{folder} holds a run with other settings: {'; '.join(differing)}; "
-            "choose another --out"
+            f"{folder} holds a run with other settings: {differing}; choose another --out"
         )
+
+
+def check_beside(out: Path, configs: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse runs that would be compared in `out` with runs that were trained in another way.
+
+    Those of other data or another setting are not compared with them.
+
+    Raises:
+        StateError: such a run is there (the text names it and the settings), or cannot be read.
+    """
+    asked = {(config["data"], config["setting"]): config for config in configs}
+    for path in sorted(out.glob(f"runs/*/{CONFIG}")):
+        stored = read_json(path, f"remove {path.parent} to run it again") or {}
+        config = asked.get((stored.get("data"), stored.get("setting")))
+        if config is None:
+            continue
+        differing = _differing(stored, config, (stored.keys() & config.keys()) - OWN)
+        if differing:
+            raise StateError(
+                f"{path.parent} holds a run with other settings: {differing}; methods are compared "
+                "after equal training only, so choose another --out"
+            )
+
+
+def _differing(stored: Mapping[str, Any], config: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """In what two runs differ, of `keys`: "" for nothing."""
+    return "; ".join(
+        f"{key} is {_show(stored, key)} there and {_show(config, key)} here"
+        for key in sorted(keys)
+        if (key in stored, stored.get(key)) != (key in config, config.get(key))
+    )
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -89,7 +141,7 @@ def check_facts(out: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         StateError: a comparison of another version, or one that was tuned in another way.
     """
-    stored = check_comparison(out)
+    stored = check_comparison(out, facts)
     for key in ("trials", "tuning_seeds"):
         if stored is not None and stored.get(key) != facts[key]:
             raise StateError(
@@ -98,20 +150,28 @@ def check_facts(out: Path, facts: Mapping[str, Any]) -> None:
             )
 
 
-def check_comparison(out: Path) -> dict[str, Any] | None:
+def check_comparison(out: Path, facts: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Return what comparison.json in `out` holds; None for an empty folder or that of one run.
+
+    Args:
+        facts: of the comparison that is to go on there, or None.
 
     Raises:
         StateError: the comparison there is of another version, or comparison.json is damaged.
     """
-    stored = read_json(out / COMPARISON)
+    mend = "`fedmerge compare` with the options that made it says how to mend it"
+    if facts is not None:
+        text = json.dumps({"format": FORMAT, **facts})
+        mend = f"if it was made with these options, write {text} into {out / COMPARISON}"
+    stored = read_json(out / COMPARISON, mend)
     if stored is None:
         # The folder of one run may hold tables, made from its result.
         tables = (out / "results.jsonl").exists() and not (out / RESULT).is_file()
         if (out / "runs").exists() or tables:
             raise StateError(
-                f"{out} holds a comparison of an older version of fedmerge (no {COMPARISON} in "
-                "it), which cannot go on; choose another --out, or the version that made it"
+                f"{out} holds a comparison of an older version of fedmerge, which cannot go on, or "
+                f"its {COMPARISON} is lost; choose another --out, or the version that made it, or "
+                f"{mend}"
             )
     elif stored.get("format") != FORMAT:
         raise StateError(
@@ -142,11 +202,13 @@ def append_log(folder: Path, log: Mapping[str, Any]) -> None:
         file.write(_line(log).encode())
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(
+    path: Path, advice: str = "remove it or choose another --out"
+) -> dict[str, Any] | None:
     """Return the JSON object in `path`, or None where there is no such file.
 
     Raises:
-        StateError: the file cannot be read, or does not hold a JSON object.
+        StateError: the file cannot be read, or does not hold a JSON object: then `advice` is given.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -155,11 +217,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise StateError(f"{path} is damaged ({error}); remove it or choose another --out") from (
-            error
-        )
+        raise StateError(f"{path} is damaged ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise StateError(f"{path} is damaged (not an object); remove it or choose another --out")
+        raise StateError(f"{path} is damaged (not an object); {advice}")
     return value
 
 

@@ -165,25 +165,30 @@ def make_protocol(
         ("--settings", settings, base.settings),
         ("--methods", methods, base.methods),
     ):
-        if not (given or default):
+        if given is None and not default:
             presets = ", ".join(PRESETS)
             raise ConfigError(f"{option} is missing; name them, or take a --preset: {presets}")
     pairs = _pairs(
-        parse_names("--data", data if data is not None else ",".join(base.data), lambda: base.data),
-        parse_names("--settings", settings or base.settings, names.settings),
+        parse_names("--data", _either(data, ",".join(base.data)), lambda: base.data),
+        parse_names("--settings", _either(settings, base.settings), names.settings),
         names.fits,
         named=(data is not None, settings is not None),
     )
-    reported = parse_seeds(seeds or base.seeds)
+    reported = parse_seeds(_either(seeds, base.seeds))
     points = _points(base.trials, trials, tuning_seeds, tuning)
     return Protocol(
         preset,
         pairs,
-        parse_names("--methods", methods or base.methods, names.methods),
+        parse_names("--methods", _either(methods, base.methods), names.methods),
         reported,
         points,
         _tuning_seeds(reported, tuning_seeds, base.tuned_on) if points else (),
     )
+
+
+def _either(given: str | None, default: str) -> str:
+    """What is given, be it empty: that is a slip to be told, not the default."""
+    return default if given is None else given
 
 
 def _pairs(

@@ -158,6 +158,8 @@ def _serve(pipe: Connection, work: Work, prepare: Callable[[], object] | None) -
             work(config, folder)
         except Exception as raised:
             # The worker goes on with other cells, so every kind of error ends here, as text.
-            text = str(raised) if isinstance(raised, FedmergeError | OSError) else repr(raised)
+            text = str(raised)
+            if not isinstance(raised, FedmergeError | OSError):
+                text = "".join(traceback.format_exception_only(raised))
             error, details = " ".join(text.split()), traceback.format_exc()
         pipe.send((error, details, time.monotonic() - start))

@@ -106,7 +106,8 @@ def cells_bar(
 
 def tuning_notes(plan: Tuning, trials: int) -> list[str]:
     """Say what tuning did: nothing without it, and where a method has fewer points than asked."""
-    made = plan.choices()
+    # Of groups that were not tuned, the command says so by itself.
+    made = {name: choice for name, choice in plan.choices().items() if not choice.failed}
     if not trials or not made:
         return []
     moved = sum(bool(choice.values) for choice in made.values())

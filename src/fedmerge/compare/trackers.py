@@ -12,8 +12,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 EXPERIMENT = "fedmerge"
 FOLDER = "fedmerge.folder"
 """Tag of an MLflow run: the run folder, by which a run that goes on is found again."""
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""Unless the user's environment has others: by default a server that is down costs minutes."""
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
+"""Unless the user's environment has others: by default a server that is down costs minutes, and
+MLflow tells on stderr what it does."""
 
 _down: set[str] = set()
 # Of this process: in a comparison, each cell would wait for the same tracker again.
@@ -86,15 +91,10 @@ class MLflow:
     def __init__(
         self, where: str, name: str, config: Mapping[str, Any], folder: Path | None
     ) -> None:
-        for variable, value in PATIENCE.items():
-            os.environ.setdefault(variable, value)
-        from mlflow import MlflowClient
+        client, experiment = _experiment(where)
         from mlflow.entities import Metric, Param
 
-        self._metric = Metric
-        self._client = client = MlflowClient(tracking_uri=where)
-        found = client.get_experiment_by_name(EXPERIMENT)
-        experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+        self._client, self._metric = client, Metric
         tags = {} if folder is None else {FOLDER: str(folder.resolve())}
         earlier = self._earlier(experiment, tags)
         if earlier is not None:
@@ -123,6 +123,24 @@ class MLflow:
         self._client.set_terminated(self._run, status)
 
 
+def _experiment(where: str) -> tuple[Any, str]:
+    """Return a client of the server or database `where`, and its experiment, made where it is not.
+
+    A new database gets its tables.
+    """
+    for variable, value in PATIENCE.items():
+        os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient
+
+    with suppress(ImportError):  # not in every edition of MLflow
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = 2  # by default a database that cannot be opened costs 109 s
+    client = MlflowClient(tracking_uri=where)
+    found = client.get_experiment_by_name(EXPERIMENT)
+    return client, str(found.experiment_id if found else client.create_experiment(EXPERIMENT))
+
+
 TRACKERS = ("tensorboard", "mlflow")
 
 
@@ -143,6 +161,24 @@ def check_trackers(names: Sequence[str]) -> None:
             raise MissingExtraError("track")
 
 
+def prepare(names: Sequence[str], out: Path) -> frozenset[str]:
+    """Make MLflow ready for the processes of a comparison in `out`; return the names that are down.
+
+    Two processes that make the tables of a new database at once spoil it for each other.
+    """
+    for name in names:
+        kind, _, where = name.partition(":")
+        if kind == "mlflow":
+            with _guarded(name):
+                _experiment(where or _database(out))
+    return frozenset(_down)
+
+
+def leave_out(names: Collection[str]) -> None:
+    """Do without the trackers `names` in this process, which others have found to be down."""
+    _down.update(names)
+
+
 class Tracked:
     """The trackers of one run; one that fails is named in a line and left out from then on."""
 
@@ -152,7 +188,7 @@ class Tracked:
         self._trackers: dict[str, Tracker] = {}
         for name in names:
             if name not in _down:
-                with self._guarded(name):
+                with _guarded(name):
                     self._trackers[name] = _open(name, config, folder)
 
     def on_round(self, log: RoundLog) -> None:
@@ -168,23 +204,24 @@ class Tracked:
         self._each(lambda tracker: tracker.close(status))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
-            with self._guarded(name):
-                call(tracker)
+        for name, tracker in self._trackers.items():
+            if name not in _down:
+                with _guarded(name):
+                    call(tracker)
 
-    @contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
-        try:
-            # Those of the trackers' own packages: nobody here can act on them.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        except Exception as error:  # whatever these packages raise: the run matters more
-            self._trackers.pop(name, None)
-            _down.add(name)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            line = f"--track {name} cannot be written ({reason}); the run goes on without it"
-            print(f"fedmerge: {line}", file=sys.stderr)
+
+@contextmanager
+def _guarded(name: str) -> Iterator[None]:
+    try:
+        # Those of the trackers' own packages: nobody here can act on them.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # whatever these packages raise: the run matters more
+        _down.add(name)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        line = f"--track {name} cannot be written ({reason}); the run goes on without it"
+        print(f"fedmerge: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -223,8 +260,12 @@ def _open(name: str, config: Mapping[str, Any], folder: Path | None) -> Tracker:
     label = folder.resolve().name if folder else named.replace("/", "_")
     if kind == "tensorboard":
         return TensorBoard(Path(where) if where else home / "tensorboard", label, config)
-    default = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
-    return MLflow(where or default, label, config, folder)
+    return MLflow(where or _database(home), label, config, folder)
+
+
+def _database(home: Path) -> str:
+    """Where MLflow writes if no place is named."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve()}/mlflow.db"
 
 
 def round_figures(log: RoundLog) -> dict[str, float]:

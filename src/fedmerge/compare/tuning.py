@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import ConfigError, StateError
 from .cells import TUNED, Cell, chosen_text, group_name, safe
-from .folder import CONFIG, check_config, read_json, read_result, write_json
+from .folder import CONFIG, RESULT, check_config, read_json, read_result, write_json
 from .race import HEATS, contenders, mean, score
 
 if TYPE_CHECKING:
     from .runner import Outcome
 
 TUNING = "tuning"
+MOST = 8
+"""Points of a method's grid: with more to choose from, the best of them is more often luck."""
 Point = Mapping[str, object]
 """Values for some options of a method, or for lr and epochs; {} for the defaults."""
 
@@ -34,13 +37,20 @@ def grid_points(method: str, trials: int, n_clients: int | None) -> tuple[Point,
     and so are those that do not go with the number of clients.
 
     Raises:
-        ConfigError: an unknown method or option.
+        ConfigError: an unknown method or option, or a grid of more than `MOST` points.
     """
     from ..algorithms import make_method
 
+    grid = make_method(method).grid
+    if len(grid) > MOST:
+        raise ConfigError(
+            f'method "{method}": its grid has {len(grid)} points, wanted at most {MOST}; keep the '
+            "most promising"
+        )
+
     fixed = {pair.partition("=")[0] for pair in method.split(":")[1:]}
     points: list[Point] = [{}]
-    for point in make_method(method).grid:
+    for point in grid:
         if len(points) > trials:
             break
         if fixed & point.keys():
@@ -131,7 +141,8 @@ class Tuning:
     """The runs of a comparison in the order in which they may be made: trials, then cells.
 
     A choice is written down when it is made, and stands: no cell that was run with it is ever
-    beside one that was run with another.
+    beside one that was run with another. Only the defaults that were taken because trials failed
+    make way for a choice, as long as no cell has finished with them.
 
     Attributes:
         done: how many runs, trials and cells, were finished before.
@@ -201,6 +212,11 @@ class Tuning:
         """Return the choices that a failed trial has turned into the defaults, by group."""
         return {name: choice for name, choice in self._choices.items() if choice.failed}
 
+    def finished(self, name: str) -> bool:
+        """Whether a cell of the group `name` has a result, which its choice stands for."""
+        cells = self._groups[name].cells
+        return any((cell.folder(self._out) / RESULT).is_file() for cell in cells)
+
     # -- one group ---------------------------------------------------------------------------------
 
     def _begin(self, group: Group) -> None:
@@ -208,9 +224,9 @@ class Tuning:
             self._ready += self._unfinished(group.cells)
             return
         choice = _read_choice(self._path(group), group)
-        started = any((cell.folder(self._out) / CONFIG).exists() for cell in group.cells)
-        # Nothing depends yet on defaults that were taken for want of trials: these are run again.
-        if choice is not None and (started or not choice.failed):
+        # Until a cell has finished with defaults that were taken for want of trials, nothing
+        # depends on them: the trials are run again.
+        if choice is not None and (self.finished(group.name) or not choice.failed):
             self._choices[group.name] = choice
             trials = [trial for point in group.trials for trial in point]
             self._ran[group.name] = len(trials) - len(self._unfinished(trials))
@@ -262,9 +278,18 @@ class Tuning:
             # Of equals max() takes the first, so the defaults stay unless something is better.
             best = max(field, key=lambda point: cast(float, scores[point]))
         choice = Choice(group.points[best], scores, tuple(map(len, tried)), failed)
+        self._forget(group, choice)
         _write_choice(self._path(group), group, choice)
         self._choices[group.name] = choice
         return tuple(self._unfinished(self._cells(group)))
+
+    def _forget(self, group: Group, choice: Choice) -> None:
+        """Remove cells that only began, with the defaults, where these are not what is chosen."""
+        for cell in group.cells if choice.values else ():
+            folder = cell.folder(self._out)
+            if (folder / CONFIG).is_file() and not (folder / RESULT).is_file():
+                check_config(folder, cell.config)
+                shutil.rmtree(folder)
 
     def _cells(self, group: Group) -> tuple[Cell, ...]:
         choice = self._choices.get(group.name)

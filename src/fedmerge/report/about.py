@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge.report.ranking import unique
+from fedmerge.report.reading import untuned
 from fedmerge.report.runs import Run
 
 _OF_THE_CELL = frozenset({"setting", "method", "seed", "out", "data", "name"})
@@ -47,6 +48,13 @@ def notices(runs: Sequence[Run], open_runs: Sequence[str]) -> list[str]:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         said.append(
             f"Not every method has every setting and seed; {len(missing)} missing: {names}."
+        )
+    defaults = unique(f"{run.method} in {run.column}" for run in untuned(runs))
+    if defaults:
+        names = ", ".join(defaults[:5]) + (", …" if len(defaults) > 5 else "")
+        said.append(
+            f"Not tuned, as trials failed, and run with the method's defaults: {names}. "
+            "This is no equal tuning."
         )
     refusing = [run for run in runs if run.refused]
     for run in refusing[:5]:

@@ -18,6 +18,14 @@ from fedmerge.errors import StateError
 FORMAT = 2
 """Of the folders that this version writes and reads."""
 AGAIN = "delete its run folder and run it again"
+ANEW = "remove it, and `fedmerge report` writes it anew from the runs"
+TUNE = "remove it, and give the command of the comparison again"
+ADVICE = {
+    "results.jsonl": ANEW,
+    "clients.parquet": ANEW,
+    "comparison.json": "`fedmerge compare` with the options that made it says how to mend it",
+}
+"""What to do about a file that is damaged, by its name."""
 
 
 def check_format(folder: Path) -> dict[str, Any]:
@@ -40,7 +48,8 @@ def check_format(folder: Path) -> dict[str, Any]:
     if next(folder.glob("runs/*/result.json"), None) is not None:
         raise StateError(
             f"{folder}: no comparison.json beside its runs, so another version of fedmerge wrote "
-            "them; run `fedmerge compare` with a new --out"
+            "them, or it is lost; run `fedmerge compare` with a new --out, or with the options "
+            "that made them, to be told how to mend it"
         )
     raise no_run(folder)
 
@@ -69,7 +78,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise StateError(f"{path}: cannot be read ({type(error).__name__}); {AGAIN}") from error
+        raise StateError(_fault(path, f"cannot be read ({type(error).__name__})")) from error
 
 
 def read_columns(path: Path) -> dict[str, list[Any]]:
@@ -82,10 +91,7 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     try:
         columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
     except (OSError, pyarrow.ArrowException) as error:
-        raise StateError(
-            f"{path}: cannot be read ({type(error).__name__}); `fedmerge compare` with the same "
-            "options writes it anew"
-        ) from error
+        raise StateError(_fault(path, f"cannot be read ({type(error).__name__})")) from error
     return columns
 
 
@@ -97,7 +103,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise StateError(f"{path}: cannot be read ({type(error).__name__}); {AGAIN}") from error
+        raise StateError(_fault(path, f"cannot be read ({type(error).__name__})")) from error
 
 
 def number(value: Any) -> float | None:
@@ -108,9 +114,15 @@ def number(value: Any) -> float | None:
 def wrong_form(path: Path, error: Exception, line: int | None = None) -> StateError:
     """The error for a file that can be read and does not hold what it should."""
     what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-    place = str(path) if line is None else f"{path}, line {line}"
     what = " ".join(what.split())
-    return StateError(f"{place}: not of the form that fedmerge writes ({what}); {AGAIN}")
+    return StateError(_fault(path, f"not of the form that fedmerge writes ({what})", line))
+
+
+def _fault(path: Path, what: str, line: int | None = None) -> str:
+    """What is the matter with `path`, and what to do."""
+    place = str(path) if line is None else f"{path}, line {line}"
+    choice = path.parent.name == "tuning"
+    return f"{place}: {what}; {TUNE if choice else ADVICE.get(path.name, AGAIN)}"
 
 
 def _parse(text: str, path: Path, line: int | None = None) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def _parse(text: str, path: Path, line: int | None = None) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno if line is None else line}, column {error.colno}"
-        raise StateError(f"{path}: not valid JSON at {where} ({error.msg}); {AGAIN}") from error
+        raise StateError(_fault(path, f"not valid JSON at {where} ({error.msg})")) from error
     if not isinstance(value, dict):
         raise wrong_form(path, TypeError(f"got a {type(value).__name__}, wanted an object"), line)
     return value

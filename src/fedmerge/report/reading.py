@@ -78,15 +78,31 @@ def load_history(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]] | No
 
 
 def unlisted(folder: Path) -> bool:
-    """Whether runs of `folder` have finished since its tables were written, or before any was."""
+    """Whether a table of `folder` is missing, or runs have finished since they were written.
+
+    Not where folders of runs are gone, which only the tables still know of.
+    """
     finished = sum(1 for _ in folder.glob("runs/*/result.json"))
-    return finished > len(_by_run(folder / "results.jsonl"))
+    listed = len(_by_run(folder / "results.jsonl"))
+    lost = not (folder / "clients.parquet").is_file()
+    return finished > listed or (0 < finished == listed and lost)
 
 
 def unfinished(folder: Path) -> tuple[str, ...]:
     """Return the names of the runs in `folder` that were started and have no result yet."""
     started = {path.parent for path in folder.glob("runs/*/config.json")}
     return tuple(sorted(p.name for p in started if not (p / "result.json").is_file()))
+
+
+def untuned(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Return the runs that have their method's defaults because trials of its tuning failed."""
+    return tuple(run for run in runs if run.path is not None and _failed_trials(run.path))
+
+
+def _failed_trials(folder: Path) -> bool:
+    """Whether what tuning chose for the run in `folder` is for want of trials."""
+    path = folder.parent.parent / "tuning" / f"{folder.name.rpartition('--s')[0]}.json"
+    return path.is_file() and bool(read_object(path).get("failed"))
 
 
 def _key(run: Run) -> Key:
