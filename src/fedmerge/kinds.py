@@ -26,8 +26,8 @@ FEWEST = 5
 JOIN = 0.5
 """Mean likeness from which on two groups of clients are of one kind."""
 SETTLING = 5
-"""Rounds before any row goes home: what all kinds can learn together they learn first. A row that has
-taken part as often makes no steps of its own on its way."""
+"""Rounds before any row goes home: what all kinds can learn together they learn first. A row that
+has taken part as often makes no steps of its own on its way."""
 LASTING = 12
 """Rounds from which on what like clients have in common should have begun to fade."""
 FADING = 0.75
