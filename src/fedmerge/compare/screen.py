@@ -244,8 +244,8 @@ def methods_grid(runs: Sequence[Run]) -> Grid:
         title="Over all settings, and the cost in models",
         caption="regret: largest loss to the best mean of a setting (merged model, last round)\n"
         "down, up: a client and round; client, per client: kept by each client, and for it by the "
-        "server\npasses: of local training in a round, FedAvg's is 1; fine-tuning before use is not "
-        "in it",
+        "server\npasses: of local training in a round, FedAvg's is 1; fine-tuning before use "
+        "is not in it",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
