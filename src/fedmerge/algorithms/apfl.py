@@ -32,7 +32,7 @@ class APFL(Algorithm):
 
     name: ClassVar[str] = "apfl"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"alpha": 0.1}, {"lr": 0.1}, {"lr": 0.5}, {"alpha": 0.5}, {"alpha": 0.75},
+        {"alpha": 0.1}, {"alpha": 0.5}, {"lr": 0.5}, {"lr": 0.1}, {"alpha": 0.75},
         {"alpha": 0.1, "lr": 0.5}, {"adaptive": True}, {"adaptive": True, "lr": 0.03},
     )  # fmt: skip
     alpha: float = 0.25

@@ -37,8 +37,8 @@ class CFL(Gathering):
 
     name: ClassVar[str] = "cfl"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"eps1": 0.6}, {"lr": 0.1}, {"lr": 0.5}, {"eps1": 0.25}, {"eps1": 0.6, "warm": 5},
-        {"eps1": 0.4, "warm": 20}, {"eps1": 0.6, "eps2": 0.5},
+        {"eps1": 0.25}, {"lr": 0.1}, {"lr": 0.5}, {"eps1": 0.6}, {"eps1": 0.25, "lr": 0.5},
+        {"eps1": 0.6, "warm": 5}, {"eps1": 0.4, "warm": 20}, {"eps1": 0.6, "eps2": 0.5},
     )  # fmt: skip
     eps1: float = 0.4
     eps2: float = 0.25

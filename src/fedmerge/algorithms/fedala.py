@@ -39,7 +39,7 @@ class FedALA(Algorithm):
 
     name: ClassVar[str] = "fedala"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"layers": 2}, {"lr": 0.1}, {"lr": 0.5}, {"layers": 2, "lr": 0.1}, {"eta": 0.1},
+        {"layers": 2}, {"lr": 0.5}, {"layers": 2, "lr": 0.5}, {"lr": 0.1}, {"eta": 0.1},
         {"layers": 2, "eta": 0.1}, {"eta": 10.0}, {"lr": 0.03},
     )  # fmt: skip
     layers: int = 1

@@ -41,7 +41,7 @@ class FedAMP(Gathering):
 
     name: ClassVar[str] = "fedamp"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"sigma": 100.0}, {"lr": 0.1}, {"lr": 0.5}, {"sigma": 50.0}, {"sigma": 10.0},
+        {"sigma": 50.0}, {"sigma": 100.0}, {"lr": 0.5}, {"lr": 0.1}, {"sigma": 10.0},
         {"attention": "distance", "sigma": 0.1}, {"sigma": 100.0, "mu": 0.1},
     )  # fmt: skip
     attention: str = "cosine"

@@ -34,8 +34,8 @@ class FedAvgFT(Algorithm):
 
     name: ClassVar[str] = "fedavg-ft"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"finetune": 20}, {"lr": 0.1}, {"lr": 0.5}, {"finetune": 1}, {"lr": 0.1, "finetune": 20},
-        {"lr": 0.03, "finetune": 20},
+        {"finetune": 20}, {"lr": 0.5}, {"finetune": 20, "lr": 0.5}, {"lr": 0.1}, {"finetune": 1},
+        {"lr": 0.1, "finetune": 20}, {"lr": 0.03, "finetune": 20},
     )  # fmt: skip
     finetune: int = 5
 

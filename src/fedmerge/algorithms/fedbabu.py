@@ -31,8 +31,8 @@ class FedBABU(FedPer):
 
     name: ClassVar[str] = "fedbabu"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"finetune": 20}, {"lr": 0.1}, {"lr": 0.5}, {"finetune": 20, "lr": 0.5}, {"part": "head"},
-        {"finetune": 20, "lr": 0.1}, {"finetune": 1}, {"lr": 0.03},
+        {"finetune": 20}, {"finetune": 20, "lr": 0.5}, {"finetune": 20, "lr": 0.1}, {"lr": 0.5},
+        {"lr": 0.1}, {"part": "head"}, {"finetune": 1}, {"lr": 0.03},
     )  # fmt: skip
     finetune: int = 5
     part: str = "whole"

@@ -30,7 +30,7 @@ class FedEM(Components):
 
     name: ClassVar[str] = "fedem"
     grid: ClassVar[Sequence[Mapping[str, object]]] = (
-        {"d": 4, "lr": 1.0}, {"lr": 0.1}, {"lr": 1.0}, {"lr": 0.5}, {"d": 8, "lr": 1.0},
+        {"d": 4, "lr": 1.0}, {"lr": 1.0}, {"d": 8, "lr": 1.0}, {"lr": 0.1}, {"lr": 0.5},
         {"d": 2, "lr": 1.0}, {"d": 4},
     )  # fmt: skip
 
