@@ -6,6 +6,7 @@ clients' batches are all of their data. What every method must hold to is in `te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -43,18 +44,18 @@ DATA = tuple(
 )
 
 
-def loss(row: Tensor, i: int) -> Tensor:
+def loss(row: Tensor, i: int, some: slice = slice(None)) -> Tensor:
     """Mean cross-entropy on client i's data of the network whose parameters are row (P,)."""
-    x, y = DATA[i]
+    x, y = (part[some] for part in DATA[i])
     hidden = torch.tanh(x @ row[:20].view(4, 5).T + row[20:24])
     output = hidden @ row[24:36].view(3, 4).T + row[36:]
     return (output.logsumexp(1) - output[torch.arange(len(y)), y]).mean()
 
 
-def slope(row: Tensor, i: int) -> Tensor:
+def slope(row: Tensor, i: int, some: slice = slice(None)) -> Tensor:
     """(P,) gradient of `loss`."""
     at = row.clone().requires_grad_()
-    return torch.autograd.grad(loss(at, i), at)[0]
+    return torch.autograd.grad(loss(at, i, some), at)[0]
 
 
 def descend(row: Tensor, i: int, steps: int, part: slice = slice(0, P)) -> Tensor:
@@ -298,6 +299,52 @@ def test_fedala_learns_its_first_weights_until_the_loss_has_settled() -> None:
         for i in range(3):
             passes = min(most, needed[i])
             same(used[i], ala_by_hand(own[i], w, torch.ones(15), i, passes, HEAD, 1.0)[0])
+
+
+@dataclass(frozen=True)
+class Pair(AllData):
+    """Examples `first` and the next one of each client, as far as it has them."""
+
+    first: int
+
+    @property
+    def active(self) -> Tensor:
+        return self.real.any(1)
+
+    @property
+    def real(self) -> Tensor:
+        return torch.tensor([self.first, self.first + 1]) < torch.tensor(SIZES)[:, None]
+
+    def gradient(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        some = slice(self.first, self.first + 2)
+        there = self.active.tolist()
+        return torch.stack([slope(r, i, some) if there[i] else 0 * r for i, r in enumerate(rows)])
+
+
+class InPairs(Clients):
+    """The three clients, whose batches are of two examples."""
+
+    def steps(self, *, epochs: int | None = None, purpose: str = "train") -> Iterator[AllData]:
+        assert epochs == 1
+        yield from [Pair(first) for first in range(0, max(SIZES), 2)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
+def test_fedala_learns_weights_on_a_share_of_the_examples(share: float) -> None:
+    """In whole batches of two, the last of which brings a client's examples up to the share."""
+    w, own = drawn(2, P), drawn(3, 3, P)
+    memory = {"model": own, "weights": torch.full((3, 15), 0.5, dtype=torch.float64)}
+    memory["rounds"] = torch.full((3,), 2)
+    used = FedALA(share=share).personal(SETUP, w.repeat(3, 1)[:, None], memory, InPairs())
+    for i, n in enumerate(SIZES):
+        row, weights = w.clone(), memory["weights"][i]
+        gap = (w - own[i])[HEAD]
+        row[HEAD] = own[i][HEAD] + gap * weights
+        for number in range(math.ceil(share * n / 2)):
+            gradient = slope(row, i, slice(2 * number, 2 * number + 2))[HEAD]
+            weights = (weights - gradient * gap).clamp(0, 1)
+            row[HEAD] = own[i][HEAD] + gap * weights
+        same(used[i], row)
 
 
 # -- APPLE ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The expected numbers are computed here, client by client, with numpy or plain au
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -270,6 +271,42 @@ def test_fesem_averages_all_while_it_warms_up() -> None:
     assert len(soup.message(names())[:, 0].unique(dim=0)) == 2
 
 
+def fesem_after(centres: list[list[float]], ends: list[list[float]]) -> np.ndarray[Any, Any]:
+    """(4, p) what clients are sent whose first two trained centre 0, and whose others centre 1,
+    once they have ended at `ends` (4, p); weights beyond the first p are 0."""
+    soup = soup_of(FeSEM(d=2, warm=1))
+    soup.join(names(4))
+    p = len(ends[0])
+
+    def rows(points: list[list[float]]) -> Tensor:
+        return functional.pad(torch.tensor(points, dtype=F64), (0, soup.setup.layout.size - p))
+
+    for points in ([centres[0], centres[0], centres[1], centres[1]], ends):
+        one_round(soup, soup.message(names(4))[:, 0] - rows(points), names(4))
+    return soup.message(names(4))[:, 0, :p].numpy()
+
+
+def test_fesem_compares_squares_of_distances() -> None:
+    """Client 0 ends 2 from its centre in one coordinate, and 1 from the other in each of three: its
+    squares are 4 and 3, its absolute differences 2 and 3."""
+    near, far, end = [0.0, 0, 0, 0], [2.0, 1, 1, 1], [2.0, 0, 0, 0]
+    got = fesem_after([near, far], [end, near, far, far])
+    wanted = (np.array(end) + 2 * np.array(far)) / 3
+    np.testing.assert_allclose(got, [wanted, near, wanted, wanted], atol=1e-12)
+
+
+def test_fesem_measures_from_the_whole_of_a_clients_weights() -> None:
+    """Client 0 ends at 1.8 between centres at 1 and 2; half of it would be at the other one."""
+    got = fesem_after([[1.0], [2.0]], [[1.8], [1.0], [2.0], [2.0]])
+    np.testing.assert_allclose(got[:, 0], [5.8 / 3, 1.0, 5.8 / 3, 5.8 / 3])
+
+
+def test_a_centre_of_fesem_with_one_client_is_that_client() -> None:
+    got = fesem_after([[1.0, 3.0], [9.0, 7.0]], [[8.0, 8.0], [1.5, 2.5], [9.5, 7.0], [9.5, 9.0]])
+    others = np.mean([[8.0, 8.0], [9.5, 7.0], [9.5, 9.0]], axis=0)
+    np.testing.assert_allclose(got, [others, [1.5, 2.5], others, others])
+
+
 # -- CFL ------------------------------------------------------------------------------------------
 
 
@@ -303,6 +340,62 @@ def test_cfl_parts_nobody_unless_its_criteria_hold(options: dict[str, float]) ->
     soup = soup_of(CFL(eps1=0.9, eps2=0.0, warm=0))
     one_round(soup, normal(15, K, soup.setup.layout.size, dtype=F64))
     assert len(soup.message(names())[:, 0].unique(dim=0)) == 2
+
+
+def cfl_parts(soup: Soup, delta: Tensor, n: Sequence[int] | None = None) -> list[list[int]]:
+    """The clients with the same model after a round with these updates (k, P) of n examples."""
+    sent = soup.send(names(len(delta)))
+    n = n or [10] * len(delta)
+    assert soup.fold(make_updates(sent, delta, n_examples=torch.tensor(n))) == []
+    soup.commit()
+    label = soup.message(names(len(delta)))[:, 0].unique(dim=0, return_inverse=True)[1].tolist()
+    return sorted([i for i, x in enumerate(label) if x == y] for y in set(label))
+
+
+def test_cfl_parts_by_complete_linkage() -> None:
+    """Updates at 0, 40, 80, 100 and 170 degrees: {80, 100} and {0, 40} are joined first. Then 170
+    is at most 90 from {80, 100}, and {0, 40} up to 100: 1 - cos is 1.00 and 1.17. Their means, by
+    average linkage, are .83 and .68, and the least of them, by single, .66 and .23."""
+    soup = soup_of(CFL(eps1=1.0, eps2=0.0, warm=0))
+    angle = np.radians([0, 40, 80, 100, 170])
+    apart = 1 - np.cos(angle[:, None] - angle)
+    to_last, to_first = apart[2:4, 4], apart[2:4, :2]
+    assert to_last.max() < to_first.max()
+    assert to_last.mean() > to_first.mean()
+    delta = torch.zeros(K, soup.setup.layout.size, dtype=F64)
+    # Lengths have no say.
+    length = np.array([1.0, 2.0, 1.5, 0.5, 1.0])
+    delta[:, 3] = torch.from_numpy(length * np.cos(angle))
+    delta[:, 30] = torch.from_numpy(length * np.sin(angle))
+    assert cfl_parts(soup, delta) == [[0, 1], [2, 3, 4]]
+
+
+def test_cfl_measures_updates_by_the_longest_of_the_first_round() -> None:
+    soup = soup_of(CFL(eps1=0.5, eps2=0.4, warm=1))
+    away = functional.normalize(normal(25, soup.setup.layout.size, dtype=F64), dim=0)
+    sign = torch.tensor([1.0, -1, 1, -1])[:, None] * torch.tensor([[1.0], [0.9], [0.8], [0.9]])
+    everybody = [[0, 1, 2, 3]]
+    assert cfl_parts(soup, 2 * sign * away) == everybody  # the longest: 2; warm
+    assert cfl_parts(soup, 0.75 * sign * away) == everybody  # below .4 * 2
+    assert cfl_parts(soup, 0.85 * sign * away) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("sign", "n", "parted"),
+    [
+        # Means by examples, and by clients: .5 and 0, 0 and .5 of the longest update.
+        ([1, 1, -1, -1], [30, 30, 10, 10], False),
+        ([1, 1, 1, -1], [10, 10, 10, 30], True),
+    ],
+)
+def test_cfl_weighs_the_mean_update_by_examples(
+    sign: list[float], n: list[int], parted: bool
+) -> None:
+    soup = soup_of(CFL(eps1=0.4, eps2=0.0, warm=0))
+    delta = torch.tensor(sign)[:, None] * normal(26, soup.setup.layout.size, dtype=F64)
+    assert np.average(sign, weights=n) == (0.0 if parted else 0.5)
+    groups = [[i for i in range(4) if sign[i] == s] for s in (1, -1)]
+    assert cfl_parts(soup, delta, n) == (groups if parted else [[0, 1, 2, 3]])
 
 
 # -- FedEM, MoE, PPFL -----------------------------------------------------------------------------

@@ -21,11 +21,11 @@ from scipy import stats
 from fedmerge import Federation, Simulation, Training, make_federation, make_model
 from fedmerge.algorithms import make_method
 
-from . import clusters, heads, personal
+from . import clusters, heads, mixtures, personal
 from .world import Model, World, accuracy
 
 PLAIN: dict[str, Callable[[World, int], list[Model]]] = {
-    "fedem": clusters.fedem,
+    "fedem": mixtures.fedem,
     "fedrep": heads.fedrep,
     "fedavg": heads.fedavg,
     "ditto": personal.ditto,
@@ -39,6 +39,11 @@ PLAIN: dict[str, Callable[[World, int], list[Model]]] = {
     "fesem": clusters.fesem,
     "fedala": personal.fedala,
     "apple": personal.apple,
+    "ppfl": mixtures.ppfl,
+    "moe": mixtures.moe,
+    "ifca-warm": clusters.ifca_warm,
+    "fedprox": heads.fedprox,
+    "fedavg-ft": heads.fedavg_ft,
 }
 SETTINGS = ("concept-mix", "domain")
 SEEDS = (5, 6, 7, 8, 9)

@@ -1,4 +1,4 @@
-"""Methods with several global models: IFCA, FedEM, FeSEM and CFL.
+"""Methods with several global models, of which a client uses one: IFCA, FeSEM and CFL.
 
 Plain implementations; see `world` for what they are made of.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.vq import kmeans, vq
 from scipy.spatial.distance import squareform
 from torch import Tensor, nn
 
@@ -19,8 +19,35 @@ from .world import Model, World, assign, average, load, losses, vector
 
 def ifca(world: World, rounds: int, *, d: int = 4) -> list[Model]:
     """Ghosh et al. 2020, algorithm 1 with model averaging, from d random models."""
-    models = [world.make() for _ in range(d)]
+    return _ifca(world, rounds, [world.make() for _ in range(d)])
 
+
+def ifca_warm(world: World, rounds: int, *, d: int = 4, warm: int = 5) -> list[Model]:
+    """The same from models that FedAvg has made: in the last of `warm` rounds, the clients' updates
+    are put in d clusters by k-means, and each cluster's mean update makes a model."""
+    net = world.make()
+    model = vector(net)
+    n = torch.tensor(world.sizes).float()
+    for t in range(min(warm, rounds)):
+        ends = []
+        for data in world.train:
+            load(net, model)
+            world.fit(net, data)
+            ends.append(vector(net))
+        moves = torch.stack(ends) - model
+        if t + 1 == warm:
+            points = moves.double().numpy()
+            # The best of ten starts.
+            centres, _ = kmeans(points, d, iter=10, seed=world.seed())
+            label = torch.from_numpy(vq(points, centres)[0])
+            shares = [torch.where(label == j, n, 0.0) for j in label.unique()]
+            made = [model + (one / one.sum()) @ moves for one in shares]
+            return _ifca(world, rounds - warm, _networks(world, torch.stack(made)))
+        model = model + (n / n.sum()) @ moves
+    return list(_networks(world, model.repeat(len(world.train), 1)))
+
+
+def _ifca(world: World, rounds: int, models: Sequence[nn.Module]) -> list[Model]:
     def nearest(client: int) -> int:
         found = [float(losses(model, world.train[client]).mean()) for model in models]
         return found.index(min(found))
@@ -38,49 +65,6 @@ def ifca(world: World, rounds: int, *, d: int = 4) -> list[Model]:
             if nets:
                 assign(model.parameters(), average([net.parameters() for net in nets], n))
     return [models[nearest(i)] for i in range(len(world.train))]
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """A client's mixture: the mean of its models' class probabilities, with its shares (d,)."""
-
-    models: Sequence[nn.Module]
-    shares: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        each = torch.stack([model(x).softmax(1) for model in self.models])
-        return (self.shares[:, None, None] * each).sum(0)
-
-
-def fedem(world: World, rounds: int, *, d: int = 3, refresh: bool = True) -> list[Model]:
-    """Marfoq et al. 2021, algorithm 1: equations 7 (E-step), 8 (shares), 9 (models).
-
-    At last every client does steps 7 and 8 with the final models, if `refresh`; it would otherwise
-    mix them by its shares of the models before.
-    """
-    models = [world.make() for _ in range(d)]
-    shares = [torch.full((d,), 1 / d) for _ in world.train]
-
-    def duties(client: int) -> Tensor:
-        each = torch.stack([losses(model, world.train[client]) for model in models])
-        # From 1e-30: the logarithm of a share of 0 would be that of no model.
-        joint = shares[client].clamp_min(1e-30)[:, None] * torch.exp(-each)
-        return joint / joint.sum(0).clamp_min(1e-30)
-
-    for _ in range(rounds):
-        trained: list[list[nn.Module]] = [[] for _ in models]
-        for i, data in enumerate(world.train):
-            q = duties(i)
-            shares[i] = q.mean(1)
-            for j, model in enumerate(models):
-                net = copy.deepcopy(model)
-                world.fit(net, data, weight=q[j])
-                trained[j].append(net)
-        for model, nets in zip(models, trained, strict=True):
-            assign(model.parameters(), average([net.parameters() for net in nets], world.sizes))
-    if refresh:
-        shares = [duties(i).mean(1) for i in range(len(shares))]
-    return [Mixed(models, one) for one in shares]
 
 
 def fesem(world: World, rounds: int, *, d: int = 4) -> list[Model]:
@@ -101,7 +85,7 @@ def fesem(world: World, rounds: int, *, d: int = 4) -> list[Model]:
             clients[i] = vector(net)
     # What a server would send next.
     belongs = _nearest(clients, centres)
-    return _nets(world, _means(clients, belongs, centres)[belongs])
+    return list(_networks(world, _means(clients, belongs, centres)[belongs]))
 
 
 def _nearest(points: Tensor, centres: Tensor) -> Tensor:
@@ -113,12 +97,10 @@ def _means(points: Tensor, belongs: Tensor, before: Tensor) -> Tensor:
     return torch.stack([m if m.isfinite().all() else b for m, b in zip(found, before, strict=True)])
 
 
-def _nets(world: World, weights: Tensor) -> list[Model]:
-    made: list[Model] = []
-    for one in weights:
-        net = world.make()
+def _networks(world: World, weights: Tensor) -> list[nn.Module]:
+    made = [world.make() for _ in weights]
+    for net, one in zip(made, weights, strict=True):
         load(net, one)
-        made.append(net)
     return made
 
 
@@ -163,7 +145,7 @@ def cfl(
     weights = torch.empty(len(world.train), len(models[0]))
     for members, model in zip(clusters, models, strict=True):
         weights[members] = model
-    return _nets(world, weights)
+    return list(_networks(world, weights))
 
 
 def _halves(moves: Tensor) -> list[Tensor]:

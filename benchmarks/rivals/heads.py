@@ -1,4 +1,4 @@
-"""FedAvg, and methods in which the last layer is the client's own: FedPer, FedRep, FedBABU.
+"""FedAvg, its variants, and methods whose last layer is the client's: FedPer, FedRep, FedBABU.
 
 Plain implementations; see `world` for what they are made of.
 """
@@ -9,7 +9,7 @@ import copy
 
 from torch import nn
 
-from .world import Model, World, assign, average
+from .world import Model, World, assign, average, pull
 
 
 def _parts(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -25,16 +25,39 @@ def _share_bodies(world: World, nets: list[nn.Module]) -> None:
         assign(_parts(net)[0], mean)
 
 
-def fedavg(world: World, rounds: int) -> list[Model]:
-    """McMahan et al. 2017, algorithm 1, with all clients in every round."""
+def _tuned(world: World, nets: list[nn.Module], epochs: int) -> list[Model]:
+    made: list[Model] = []
+    for net, data in zip(nets, world.train, strict=True):
+        own = copy.deepcopy(net)
+        world.fit(own, data, epochs=epochs)
+        made.append(own)
+    return made
+
+
+def _averaged(world: World, rounds: int, mu: float = 0.0) -> list[nn.Module]:
     nets = world.copies()
     for _ in range(rounds):
         for net, data in zip(nets, world.train, strict=True):
-            world.fit(net, data)
+            world.fit(net, data, penalty=pull(net, net, mu) if mu else None)
         mean = average([list(net.parameters()) for net in nets], world.sizes)
         for net in nets:
             assign(net.parameters(), mean)
-    return list(nets)
+    return nets
+
+
+def fedavg(world: World, rounds: int) -> list[Model]:
+    """McMahan et al. 2017, algorithm 1, with all clients in every round."""
+    return list(_averaged(world, rounds))
+
+
+def fedavg_ft(world: World, rounds: int, *, finetune: int = 5) -> list[Model]:
+    """The same, fine-tuned by each client at last."""
+    return _tuned(world, _averaged(world, rounds), finetune)
+
+
+def fedprox(world: World, rounds: int, *, mu: float = 0.1) -> list[Model]:
+    """Li et al. 2020, algorithm 2: FedAvg whose clients are held near the model they receive."""
+    return list(_averaged(world, rounds, mu))
 
 
 def fedper(world: World, rounds: int) -> list[Model]:
@@ -66,9 +89,4 @@ def fedbabu(world: World, rounds: int, *, finetune: int = 5) -> list[Model]:
         for net, data in zip(nets, world.train, strict=True):
             world.fit(net, data, part=_parts(net)[0])
         _share_bodies(world, nets)
-    made: list[Model] = []
-    for net, data in zip(nets, world.train, strict=True):
-        own = copy.deepcopy(net)
-        world.fit(own, data, epochs=finetune)
-        made.append(own)
-    return made
+    return _tuned(world, nets, finetune)

@@ -49,6 +49,10 @@ class World:
         first = self.make()
         return [copy.deepcopy(first) for _ in self.train]
 
+    def seed(self) -> int:
+        """A new seed, for a library that draws from a generator of its own."""
+        return int(torch.randint(2**31, (), generator=self.draw))
+
     def loader(self, data: Data) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One shuffled pass in batches: inputs, labels, and which examples they are."""
         x, y = data
