@@ -62,7 +62,7 @@ PRESETS: Mapping[str, Preset] = {
         methods="all,fedmerge:rule=paper",
         seeds="0-4",
         trials=3,
-        tuned_on=12,  # with few, chance decides between points that are nearly as good
+        tuned_on=8,  # with few, chance decides between points that are nearly as good
         shared={"evaluate_every": 5},
     ),
     # Chen et al., AAAI 2026: cluster-wise and client-wise labels, 50 clients, all in every round,
