@@ -137,6 +137,34 @@ def test_a_methods_name_lifts_its_line(shared: Browser) -> None:
     assert shared.run(lit) == []
 
 
+def test_grey_lines_that_are_pressed_get_colours_and_names(tmp_path: Path) -> None:
+    methods = ("fedmerge", *(f"fedavg:m{i}" for i in range(12)))
+    write_folder(tmp_path, settings=("domain",), methods=methods, seeds=(0, 1), rounds=4)
+    with Browser(PATH or "") as browser:
+        browser.open(write_report(tmp_path))
+        grey = f"""[...{PANEL}.querySelectorAll('.name')]
+            .filter((b) => b.querySelector('.swatch').style.background.includes('grey'))"""
+        pressed = browser.run(f"{grey}.slice(0, 3).map((b) => (b.click(), b.textContent))")
+        curves = f"{PANEL}.querySelector('.lines')"
+        called = f"[...{curves}.querySelectorAll('.called')]"
+        assert browser.run(f"{called}.map((t) => t.textContent)") == pressed
+        strokes = browser.run(
+            f"[...{curves}.querySelectorAll('[data-method].on path')]"
+            ".map((p) => getComputedStyle(p).stroke)"
+        )
+        assert len(set(strokes)) == 3
+        assert sorted(browser.run(f"{called}.map((t) => getComputedStyle(t).fill)")) == sorted(
+            strokes
+        )
+        faint = f"[...{curves}.querySelectorAll('[data-band]')]"
+        wait = "new Promise((done) => setTimeout(done, 400))"  # the fading takes a moment
+        shown = f"{wait}.then(() => {faint}.map((b) => getComputedStyle(b).opacity))"
+        assert set(browser.run(shown)) == {"0"}
+        browser.run(f"{grey}.slice(0, 3).forEach((b) => b.click())")
+        assert browser.run(f"{called}.length") == 0
+        assert set(browser.run(shown)) == {"1"}
+
+
 def test_the_table_changes_with_its_view(shared: Browser) -> None:
     shown = (
         "[...document.querySelectorAll('.view')].filter((v) => getComputedStyle(v).display !== "

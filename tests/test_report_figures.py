@@ -18,10 +18,11 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from scipy import stats
 
 from fedmerge.errors import ConfigError, MissingExtraError
 from fedmerge.report import figures
-from fedmerge.report.drawing import INK, PALETTE, SURFACE, spread
+from fedmerge.report.drawing import INK, PALETTE, SURFACE, apart, spread
 from fedmerge.report.figures import LabelCounts, method_styles, row_order, to_svg
 from fedmerge.report.overall import duels, overviews, ranking, regrets
 from fedmerge.report.reading import load_runs
@@ -93,6 +94,31 @@ def test_learning_curves_draw_the_mean_over_seeds(runs: list[Run]) -> None:
     assert figure.axes[0].get_legend() is None
 
 
+def bands(figure: Any) -> dict[str, Any]:
+    return {c.get_gid(): c.get_paths()[0].get_extents() for c in figure.axes[0].collections}
+
+
+def test_the_band_of_many_seeds_is_the_interval_of_their_mean(runs: list[Run]) -> None:
+    (run, _) = of(runs, "fedavg")
+
+    def shifted(by: float) -> Run:
+        log = [
+            replace(p, accuracy={"merged": p.accuracy["merged"] + by})
+            for p in run.log
+            if p.accuracy
+        ]
+        return replace(run, log=tuple(log))
+
+    shifts = np.linspace(-0.1, 0.1, 9)
+    mean = [p.accuracy["merged"] for p in run.log if p.accuracy]
+    reach = stats.t.ppf(0.975, 8) * shifts.std(ddof=1) / 3
+    (band,) = bands(figures.learning_curves([shifted(by) for by in shifts])).values()
+    np.testing.assert_allclose([band.y0, band.y1], [min(mean) - reach, max(mean) + reach])
+    (band,) = bands(figures.learning_curves([shifted(by) for by in (-0.1, 0.1)])).values()
+    np.testing.assert_allclose([band.y0, band.y1], [min(mean) - 0.1, max(mean) + 0.1])
+    assert not bands(figures.learning_curves([run]))  # one seed spans nothing
+
+
 def test_curves_use_only_rounds_that_every_seed_has(runs: list[Run]) -> None:
     first, second = of(runs, "local")
     figure = figures.learning_curves([first, replace(second, log=second.log[:6])])
@@ -111,6 +137,13 @@ def test_nothing_logged_is_said(runs: list[Run]) -> None:
     empty = [replace(run, log=()) for run in runs]
     assert "nothing was logged" in texts(figures.learning_curves(empty))
     assert "nothing was logged" in texts(figures.gap_over_rounds(empty))
+
+
+def test_the_log_scale_does_not_stretch_noise_around_zero(runs: list[Run]) -> None:
+    axes = figures.gap_over_rounds(runs).axes[0]
+    labels = [float(text.get_text().replace("−", "-")) for text in axes.get_yticklabels()]
+    ticks = [abs(value) for value in labels if value]
+    assert max(ticks) / min(ticks) <= 100
 
 
 def test_the_gap_turns_logarithmic_only_when_it_is_wide(runs: list[Run]) -> None:
@@ -283,6 +316,22 @@ def test_each_method_keeps_its_look_and_differs_by_more_than_colour() -> None:
     assert len({style.marker for style in rivals}) == len(rivals)
     assert len({str(style.line) for style in rivals}) == len(rivals)
     assert PALETTE["accent"][0] not in {style.colour for style in rivals}
+
+
+def test_named_methods_of_a_setting_share_no_colour(runs: list[Run]) -> None:
+    names = ["fedmerge", *(f"m{i}" for i in range(20))]
+    styles = method_styles(names)
+    focus = ["fedmerge", "m3", "m10", "m0", "m7", "m14"]
+    assert len({styles[name].colour for name in focus}) < len(focus)
+    looks = apart(styles, focus)
+    assert len({looks[name].colour for name in focus}) == len(focus)
+    assert [looks[name].colour for name in ("fedmerge", "m3", "m0")] == [
+        styles[name].colour for name in ("fedmerge", "m3", "m0")
+    ]
+    many = [replace(runs[0], method=name) for name in names]
+    lines = figures.learning_curves(many, styles=styles, focus=focus).axes[0].get_lines()
+    drawn = {line.get_label(): line.get_color() for line in lines if line.get_label() in focus}
+    assert len(set(drawn.values())) == len(focus)
 
 
 def linear(colour: str) -> Any:

@@ -217,13 +217,17 @@ def test_methods_too_many_to_tell_apart_are_grey_but_for_the_best(tmp_path: Path
     methods = ("fedmerge", *(f"fedavg:m{i}" for i in range(12)))
     write_folder(tmp_path, settings=("domain",), methods=methods, seeds=(0, 1), rounds=4)
     text = write_report(tmp_path).read_text()
-    (curves,) = re.findall(r'<figure class="lines">(<svg.*?</svg>)', text, re.DOTALL)[:1]
+    (curves,) = re.findall(r'<figure class="lines"[^>]*>(<svg.*?</svg>)', text, re.DOTALL)[:1]
     lines = re.findall(r'<g data-method="(\d+)"><path [^>]*style="([^"]*)"', curves)
     assert len(lines) == 13
     grey = [index for index, style in lines if "stroke:currentColor" in style]
     assert len(grey) == 13 - 6  # all but FedMerge and the five best
     assert sum(f">{name}</text>" in curves for name in methods) == 6
     assert "all others are grey" in text
+    swatch = re.findall(r'class="name" data-method="(\d+)".*?background: var\(--(\w+)\)', text)
+    assert {index for index, colour in swatch if colour == "grey"} == set(grey)
+    named = [colour for _, colour in swatch if colour != "grey"]
+    assert len(named) == len(set(named)) == 6
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "jinja2"])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedmerge.report.drawing import (
     INK,
     Style,
+    apart,
     drawing,
     inches,
     method_styles,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
+MANY_SEEDS = 5
+"""From so many on a band is an interval of the mean, below it the span of the seeds."""
 Styles = Mapping[str, Style]
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]  # rounds (t,), values (seeds, t)
 
@@ -43,11 +46,13 @@ def learning_curves(
     styles: Styles | None = None,
     focus: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw mean test accuracy by round, a line for each method; the band spans the seeds.
+    """Draw mean test accuracy by round, a line for each method, with a band for its seeds.
 
     runs: of one setting. A regression setting shows its loss. styles: from `method_styles`, so
     that a method looks the same in every picture; made from `runs` if None. focus: the methods
-    that are drawn in colour and named, all if None; the others are thin and grey.
+    that are drawn in colour and named, all if None; the others are thin and grey. No two of them
+    share a colour while colours last. The band is the 95% t interval of the mean, or the span of
+    fewer than five seeds.
     """
     metric = "accuracy" if any(p.accuracy for run in runs for p in run.log) else "loss"
 
@@ -70,7 +75,7 @@ def gap_over_rounds(
     styles: Styles | None = None,
     focus: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the local-global gap in nats by round, a line for each method; the band spans seeds.
+    """Draw the local-global gap in nats by round, a line for each method, with a band.
 
     The axis turns symmetric-logarithmic when the gaps differ by more than a factor of 20.
     """
@@ -133,15 +138,16 @@ def _lines(
     if not series:
         axes.text(0.5, 0.5, "nothing was logged", transform=axes.transAxes, ha="center")
         return
+    styles = apart(styles, focus or list(series))
     for method, (rounds, values) in series.items():
         style = styles[method]
         if focus is not None and method not in focus:
             axes.plot(rounds, values.mean(0), color=INK, alpha=0.2, linewidth=0.8, zorder=1,
                       gid=f"method-{style.index}")  # fmt: skip
             continue
-        axes.fill_between(
-            rounds, values.min(0), values.max(0), color=style.colour, alpha=0.16, linewidth=0
-        )
+        if len(values) > 1:
+            axes.fill_between(rounds, *_band(values), color=style.colour, alpha=0.14, linewidth=0,
+                              zorder=style.order - 4, gid=f"band-{style.index}")  # fmt: skip
         axes.plot(
             rounds, values.mean(0), linestyle=style.line, color=style.colour,
             label=short_name(method), linewidth=style.width, zorder=style.order,
@@ -172,7 +178,19 @@ def _lines(
         axes.text(
             1.055, place, short_name(name), transform=axes.transAxes, va="center", fontsize=8.6,
             color=style.colour, fontweight="bold" if style.order > 5 else "normal",
+            gid=f"label-{style.index}",
         )  # fmt: skip
+
+
+def _band(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The 95% t interval of the mean by round; of a few seeds, for which it is wild, their span."""
+    n = len(values)
+    if n < MANY_SEEDS:
+        return values.min(0), values.max(0)
+    from scipy import stats
+
+    reach = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
+    return values.mean(0) - reach, values.mean(0) + reach
 
 
 def _whole_numbers() -> Locator:

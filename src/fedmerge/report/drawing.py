@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,8 @@ _RC: Mapping[str, Any] = {
 class Style:
     """How one method is drawn: colour, dashes, marker and width, so that colour is no lone cue.
 
-    order: above 5 for FedMerge. index: its place among the methods; in SVG its line bears it.
+    order: above 5 for FedMerge. index: its place among the methods; in SVG its line, band and name
+    bear it.
     """
 
     colour: str
@@ -108,6 +109,24 @@ def method_styles(methods: Sequence[str]) -> dict[str, Style]:
             styles[name] = Style(colour, dashes, marker, 1.3, 5, index)
             rivals += 1
     return styles
+
+
+def apart(styles: Mapping[str, Style], methods: Sequence[str]) -> dict[str, Style]:
+    """Return `styles` with other colours for those of `methods` that would share one.
+
+    The first keeps its colour, a later one takes the first that is free; only when all are taken
+    do two look alike, but for their dashes.
+    """
+    free = [PALETTE[name][0] for name in _RIVALS]
+    looks, clashing = dict(styles), []
+    for name in methods:
+        if styles[name].colour in free:
+            free.remove(styles[name].colour)
+        elif not is_fedmerge(name):
+            clashing.append(name)
+    for name, colour in zip(clashing, free, strict=False):
+        looks[name] = replace(styles[name], colour=colour)
+    return looks
 
 
 @contextmanager
@@ -184,8 +203,9 @@ def symlog(axes: Axes, sizes: NDArray[np.float64]) -> bool:
     sizes = sizes[sizes > 0]
     if not len(sizes) or sizes.max() <= 20 * np.quantile(sizes, 0.05):
         return False
-    # Linear below the power of ten under the small gaps, but at most four decades are drawn.
-    low = max(np.floor(np.log10(np.quantile(sizes, 0.05))), np.floor(np.log10(sizes.max())) - 3)
+    # Linear below the power of ten under the small gaps, but only the two largest decades are
+    # stretched: more would draw noise around 0 as leaps.
+    low = max(np.floor(np.log10(np.quantile(sizes, 0.05))), np.ceil(np.log10(sizes.max())) - 2)
     axes.set_yscale("symlog", linthresh=float(10.0**low), linscale=0.6)
     powers = 10.0 ** np.arange(low, np.ceil(np.log10(sizes.max())) + 1)
     ticks = sorted({0.0, *(float(p) for p in powers), *(float(-p) for p in powers)})
@@ -212,7 +232,7 @@ def to_svg(figure: Figure, label: str | None = None) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = body[body.index(">") + 1 :]
-    body = re.sub(r' id="method-(\d+)"', r' data-method="\1"', body)
+    body = re.sub(r' id="(method|band|label)-(\d+)"', r' data-\1="\2"', body)
     body = re.sub(r' (?:d|x|y|transform)="[^"]*"', _rounded, body)
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', body))
     kept = {name for pair in used for name in pair if name}

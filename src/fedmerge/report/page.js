@@ -182,17 +182,60 @@
       title.textContent = method ? method.name : "";
       line.prepend(title);
     }
+    const hues = figures.length ? figures[0].dataset.hues.split(" ") : [];
+    const grey = (button) => button.querySelector(".swatch").style.background.includes("--grey");
+
+    // A grey line is given a colour that no other pressed one has, and its name at its end.
+    function light() {
+      const pressed = buttons.filter((one) => one.getAttribute("aria-pressed") === "true");
+      const colours = new Map();
+      for (const button of pressed.filter((one) => !grey(one))) {
+        colours.set(button, button.querySelector(".swatch").style.background);
+      }
+      pressed.filter(grey).forEach((button, i) => {
+        const free = hues.filter((hue) => ![...colours.values()].includes(hue));
+        colours.set(button, free[0] ?? hues[i % hues.length]);
+      });
+      for (const figure of figures) {
+        figure.classList.toggle("lit", pressed.length > 0);
+        for (const old of figure.querySelectorAll(".on, .called")) {
+          old.classList.remove("on");
+          if (old.matches(".called")) old.remove();
+        }
+        const taken = [];
+        for (const button of pressed) {
+          const at = button.dataset.method;
+          for (const kind of ["method", "band", "label"]) {
+            for (const part of figure.querySelectorAll(`[data-${kind}="${at}"]`)) {
+              part.classList.add("on");
+              part.style.setProperty("--on", colours.get(button));
+            }
+          }
+          const line = figure.querySelector(`[data-method="${at}"] path`);
+          if (line && !figure.querySelector(`[data-label="${at}"]`)) {
+            call(line, button.textContent, colours.get(button), taken);
+          }
+        }
+      }
+    }
+    function call(line, name, colour, taken) {
+      const end = line.getPointAtLength(line.getTotalLength());
+      const text = document.createElementNS("http://www.w3.org/2000/svg", "text");
+      let y = end.y - 5;
+      while (taken.some((other) => Math.abs(other - y) < 10)) y -= 10;
+      taken.push(y);
+      text.textContent = name;
+      text.setAttribute("class", "called");
+      text.setAttribute("x", end.x);
+      text.setAttribute("y", y);
+      text.setAttribute("text-anchor", "end");
+      text.style.fill = colour;
+      line.ownerSVGElement.append(text);
+    }
     for (const button of buttons) {
       button.addEventListener("click", () => {
         button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") !== "true");
-        const on = buttons.filter((one) => one.getAttribute("aria-pressed") === "true")
-          .map((one) => one.dataset.method);
-        for (const figure of figures) {
-          figure.classList.toggle("lit", on.length > 0);
-          for (const line of figure.querySelectorAll("g[data-method]")) {
-            line.classList.toggle("on", on.includes(line.dataset.method));
-          }
-        }
+        light();
       });
     }
   }

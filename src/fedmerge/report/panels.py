@@ -11,7 +11,8 @@ from typing import Any
 
 from fedmerge.report import clients as of_clients
 from fedmerge.report import figures
-from fedmerge.report.drawing import PALETTE, Style
+from fedmerge.report.curves import MANY_SEEDS
+from fedmerge.report.drawing import PALETTE, Style, apart
 from fedmerge.report.overall import Duel, metric_of
 from fedmerge.report.ranking import METRICS, Entry, Table, comparison, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
@@ -52,6 +53,7 @@ def panel(
     mine = [run for run in runs if run.method == ours]
     theirs = [run for run in runs if run.method == rival]
     focus = focused(methods)
+    styles = apart(styles, focus or methods)
     pairs = figures.client_pairs(mine, theirs)
     gaps = any(finite(point.gap_test) for run in runs for point in run.log)
     fought = [duel for duel in duels if duel.setting == name]
@@ -61,7 +63,7 @@ def panel(
         "columns": [heading for heading, _ in tables],
         "rows": [
             {
-                **method_name(method, styles),
+                **method_name(method, styles, focus),
                 "cells": [cell(table, method, name) for _, table in tables],
                 "behind": _behind(main.entries[method, name]),
                 "chosen": _chosen([run for run in runs if run.method == method]),
@@ -70,6 +72,7 @@ def panel(
         ],
         "tuned": any(run.chosen for run in runs),
         "focus": focus,
+        "many_seeds": MANY_SEEDS,
         "curves": figures.to_svg(figures.learning_curves(runs, styles=styles, focus=focus)),
         "gap": figures.to_svg(figures.gap_over_rounds(runs, styles=styles, focus=focus))
         if gaps
@@ -154,14 +157,17 @@ def focused(methods: Sequence[str]) -> list[str] | None:
     return [*ours, *[name for name in methods if not is_fedmerge(name)][:FOCUS]]
 
 
-def method_name(method: str, styles: Mapping[str, Style]) -> dict[str, Any]:
-    """Return a method's name and looks."""
+def method_name(
+    method: str, styles: Mapping[str, Style], focus: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return a method's name and looks; grey if it is not in `focus`, as in the pictures."""
     style = styles[method]
     variable = next(name for name, (light, _) in PALETTE.items() if light == style.colour)
     return {
         "method": method,
         "ours": is_fedmerge(method),
-        "colour": f"var(--{variable})",
+        "colour": f"var(--{variable})" if focus is None or method in focus else "var(--grey)",
+        "marker": style.marker,
         "index": style.index,
     }
 
