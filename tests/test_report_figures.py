@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from scipy import stats
 
 from fedmerge.errors import ConfigError, MissingExtraError
@@ -92,6 +92,40 @@ def test_learning_curves_draw_the_mean_over_seeds(runs: list[Run]) -> None:
     np.testing.assert_allclose(np.asarray(lines["fedmerge"].get_ydata(), dtype=float), wanted)
     assert set(METHODS) <= set(texts(figure))
     assert figure.axes[0].get_legend() is None
+
+
+def scatter_of(runs: Sequence[Run], points: Sequence[tuple[float, float]]) -> Any:
+    """The scatter of clients with these (x, y)."""
+    x = {f"c{i}": point[0] for i, point in enumerate(points)}
+    y = {f"c{i}": point[1] for i, point in enumerate(points)}
+    (ours, _), (theirs, _) = of(runs, "fedmerge"), of(runs, "fedavg")
+    return figures.client_scatter([with_accuracies(ours, y)], [with_accuracies(theirs, x)])
+
+
+def areas(axes: Any) -> list[float]:
+    return [float(s) for c in axes.collections for s in c.get_sizes() if len(c.get_offsets())]
+
+
+def test_marks_of_the_scatter_have_a_largest_size_and_a_key(runs: list[Run]) -> None:
+    spots = [(0.5, 0.9)] * 400 + [(0.9, 0.5)] * 40 + [(0.7, 0.7)]
+    figure = scatter_of(runs, spots)
+    assert max(areas(figure.axes[0])) < 200
+    assert min(areas(figure.axes[0])) >= 4
+    key = figure.axes[1]
+    assert set(areas(figure.axes[0])) <= set(areas(key))
+    assert {"clients on one spot", "201–400"} <= set(texts(figure))
+    assert len(scatter_of(runs, spots[-1:]).axes) == 1  # all marks alike: no key
+
+
+def test_a_scatter_of_very_many_clients_stays_small(runs: list[Run]) -> None:
+    rng = np.random.default_rng(0)
+    points = [(float(x), float(y)) for x, y in rng.uniform(0.5, 1, (4000, 2))]
+    figure = scatter_of(runs, points)
+    drawn = [tuple(p) for c in figure.axes[0].collections for p in c.get_offsets()]
+    assert len(drawn) <= 61 * 61 + 61
+    assert len(to_svg(figure)) < 150_000
+    above = sum(y > x for x, y in points)
+    assert f"better with fedmerge: {above} of 4000 (clients × seeds)" in texts(figure)
 
 
 def bands(figure: Any) -> dict[str, Any]:
@@ -251,11 +285,14 @@ def test_differences_stand_at_their_means_and_are_filled_when_beyond_chance(
     names = [text.get_text() for text in axes.get_yticklabels()]
     by_name = {duel.rival: duel for duel in fought}
     assert names == sorted(names, key=lambda name: by_name[name].by_seed.mean)
-    marks = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    for name, line in zip(names, marks, strict=True):
-        duel = by_name[name]
-        assert float(np.asarray(line.get_xdata())[0]) == duel.by_seed.mean
-        assert (line.get_markerfacecolor() == SURFACE) is (duel.verdict == "open")
+    drawn = {}
+    for marks in axes.collections:
+        if marks.get_gid() in ("better", "worse", "open"):
+            hollow = bool(np.allclose(marks.get_facecolor(), to_rgba(SURFACE)))
+            drawn |= {names[int(y)]: (float(x), hollow) for x, y in marks.get_offsets()}
+    assert drawn == {
+        duel.rival: (duel.by_seed.mean, duel.verdict == "open") for duel in by_name.values()
+    }
     low, high = axes.get_xlim()
     assert low < 0 < high
 
@@ -400,6 +437,14 @@ def test_svg_follows_the_page_and_repeats_to_the_byte(runs: list[Run]) -> None:
     assert "<text" in svg  # text, not outlines
     assert "metadata" not in svg
     assert not re.search(r"fill: ?#fff", svg)  # nothing opaque behind the picture
+
+
+def test_svg_writes_a_style_that_neighbours_share_once(runs: list[Run]) -> None:
+    svg = to_svg(scatter_of(runs, [(i / 50, 0.99) for i in range(40)]))
+    uses = re.findall(r"<use [^>]*>", svg)
+    assert len(uses) == 40
+    assert not any("style" in use for use in uses)
+    assert "<style" not in svg  # it would hold for the whole page
 
 
 def test_svg_is_named_and_its_ids_are_its_own(runs: list[Run]) -> None:

@@ -230,20 +230,19 @@ def to_svg(figure: Figure, label: str | None = None) -> str:
     text = buffer.getvalue()
     body = text[text.index("<svg") : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
     body = body[body.index(">") + 1 :]
     body = re.sub(r' id="(method|band|label)-(\d+)"', r' data-\1="\2"', body)
     body = re.sub(r' (?:d|x|y|transform)="[^"]*"', _rounded, body)
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', body))
     kept = {name for pair in used for name in pair if name}
     prefix = "f" + hashlib.sha256(body.encode()).hexdigest()[:8]
-    body = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in kept else "", body
-    )
-    body = re.sub(r'url\(#|href="#', lambda m: f"{m[0]}{prefix}-", body)
+    short = {name: f"{prefix}-{number}" for number, name in enumerate(sorted(kept))}
+    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{short[m[1]]}"' if m[1] in short else "", body)
+    body = re.sub(r'(url\(#|href="#)([^)"]+)', lambda m: m[1] + short[m[2]], body)
     body = re.sub(r"font: (?:(bold) )?([\d.]+)px [^;\"]*", _page_font, body)
     body = re.sub(r"font-family: [^;\"]*(?:; |(?=\"))", "", body)
-    body = _slimmed(body)
+    body = _shared(_slimmed(body))
     for name, (light, _) in PALETTE.items():
         body = body.replace(light, f"var(--{name})")
     body = body.replace(INK, "currentColor").replace(SURFACE, "var(--surface)")
@@ -251,7 +250,8 @@ def to_svg(figure: Figure, label: str | None = None) -> str:
     name = html.escape(label or str(figure.get_label()) or "figure")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        f' viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}">'
+        f' viewBox="0 0 {width:g} {height:g}" stroke-linejoin="round" role="img"'
+        f' aria-label="{name}">'
         f"<title>{name}</title>{body}</svg>\n"
     )
 
@@ -288,6 +288,35 @@ def _slimmed(body: str) -> str:
     body = "".join(kept)
     body = re.sub(r' style="[^"]*"', lambda m: re.sub(r"([:;]) ", r"\1", m[0]), body)
     return re.sub(r' d="[^"]*"', lambda m: re.sub(r" ([LMCQz]) ", r"\1", m[0]), body)
+
+
+def _shared(body: str) -> str:
+    """Write what neighbours have in common, their style, once: in a group around them."""
+    mark = r"<(?:path|use) [^>]*/>|<text [^>]*>[^<]*</text>"
+    kept: list[str] = []
+    run: list[str] = []
+    style = ""
+
+    def close() -> None:
+        if len(run) > 1:
+            bare = (part.replace(style, "", 1) for part in run)
+            kept.append(f"<g{style}>{''.join(bare)}</g>")
+        else:
+            kept.extend(run)
+        run.clear()
+
+    for part in re.split(f"({mark})", body):
+        found = re.search(r' style="[^"]*"', part) if re.fullmatch(mark, part) else None
+        # The opacity of a group would be that of its picture, not that of each part.
+        if part and (found is None or found[0] != style or re.search(r'["; ]opacity:', style)):
+            close()
+        if found is not None:
+            style = found[0]
+            run.append(part)
+        else:
+            kept.append(part)
+    close()
+    return "".join(kept)
 
 
 def _page_font(match: re.Match[str]) -> str:
