@@ -126,6 +126,81 @@ def test_the_map_changes_its_colours(shared: Browser) -> None:
     assert shared.run(fills) == kinds
 
 
+def test_the_cells_are_read_with_the_keyboard(shared: Browser) -> None:
+    for figure, words in (("weights", "weight"), ("worth", "is worth")):
+        picture = f"{PANEL}.querySelector('.{figure} svg')"
+        read = f"{PANEL}.querySelector('.{figure} .readout').textContent"
+        resting = shared.run(read)
+        shared.run(f"{picture}.focus()")
+        shared.press("ArrowDown", 40)  # enters
+        first = shared.run(read)
+        assert words in first
+        assert "model 1" in first
+        shared.press("ArrowRight", 39)
+        assert "model 2" in shared.run(read)
+        shared.press("ArrowDown", 40)
+        assert shared.run(read).split(":")[0] != first.split(":")[0]  # another client
+        assert shared.run(f"{picture}.querySelectorAll('.cell').length") == 1
+        shared.run(f"{picture}.blur()")
+        assert shared.run(read) == resting
+        assert shared.run(f"{picture}.querySelectorAll('.cell').length") == 0
+
+
+def test_the_map_is_walked_with_the_arrow_keys(shared: Browser) -> None:
+    shared.run(f"{PANEL}.querySelector('.point[tabindex=\"0\"]').focus()")
+    stops = f"{PANEL}.querySelectorAll('.point[tabindex=\"0\"]').length"
+    at = "document.activeElement.dataset.client"
+    assert shared.run(stops) == 1
+    seen = {shared.run(at)}
+    for key, code in (("ArrowLeft", 37), ("ArrowUp", 38), ("ArrowRight", 39), ("ArrowDown", 40)):
+        shared.press(key, code)
+        seen.add(shared.run(at))
+        assert shared.run("document.activeElement.classList.contains('on')")
+        assert shared.run(f"{PANEL}.querySelector('.picker select').value") == shared.run(at)
+    assert len(seen) > 2
+    assert shared.run(stops) == 1
+
+
+def test_bars_have_one_scale_and_negative_ones_hang(shared: Browser) -> None:
+    card = f"{PANEL}.querySelector('.card')"
+    tall = f"[...{card}.querySelectorAll('.bars.ours')].map((b) => b.clientHeight)"
+    first = f"[...{card}.querySelectorAll('.bars.ours i')].map((i) => i.clientHeight)"
+    weights = f"""JSON.parse({PANEL}.querySelector('script').textContent).clients[
+        {PANEL}.querySelector('.picker select').value].row.flat()"""
+    full = shared.run(tall)[0]
+    scale = shared.run(f"JSON.parse({PANEL}.querySelector('script').textContent).weights.scale")
+    for height, weight in zip(shared.run(first), shared.run(weights), strict=True):
+        assert abs(height - full * weight / 100 / scale) <= 1.5
+    assert shared.run(f"{card}.querySelector('.bars.ours').previousSibling.textContent").endswith(
+        f"0.00 to {scale:.2f}"
+    )
+
+
+def test_a_setting_is_chosen_from_the_bar_and_stands_in_the_address(shared: Browser) -> None:
+    shown = "[...document.querySelectorAll('.panel')].map((p) => getComputedStyle(p).display)"
+    shared.run("document.querySelector('.turn[data-step=\"1\"]').click()")
+    assert shared.run(shown) == ["none", "block"]
+    assert shared.run("location.hash") == "#setting-2"
+    assert shared.run("document.querySelector('#turn').value") == "2"
+    turn = "document.querySelector('#turn')"
+    shared.run(f"{turn}.value = 1; {turn}.dispatchEvent(new Event('change'))")
+    assert shared.run(shown) == ["block", "none"]
+    shared.run("document.querySelector('#tab-2').click()")
+    assert shared.run("location.hash") == "#setting-2"
+    shared.run("document.querySelector('#tab-1').click()")
+
+
+def test_focus_is_never_under_the_bar(shared: Browser) -> None:
+    bar = "document.querySelector('.sticky').getBoundingClientRect()"
+    assert shared.run(f"{bar}.height") < 64
+    buttons = f"[...{PANEL}.querySelectorAll('.name')]"
+    shared.run("document.querySelector('.slider input').scrollIntoView()")
+    for i in (2, 1, 0):
+        shared.run(f"{buttons}[{i}].focus()")
+        top = shared.run(f"{buttons}[{i}].getBoundingClientRect().top")
+        assert top >= shared.run(f"{bar}.bottom")
+
+
 def test_a_methods_name_lifts_its_line(shared: Browser) -> None:
     lit = f"[...{PANEL}.querySelectorAll('.lines .on title')].map((t) => t.textContent)"
     button = f"[...{PANEL}.querySelectorAll('.name')].find((b) => b.textContent === 'local')"
@@ -198,6 +273,7 @@ def test_the_dark_page_is_dark(report: Path) -> None:
         assert browser.run(ground) == "rgb(20, 23, 27)"
         line = f"getComputedStyle({PANEL}.querySelector('.lines text')).fill"
         assert browser.run(line) == "rgb(228, 231, 234)"
+        assert "night" in browser.run(f"getComputedStyle({IMAGE}).filter")
         assert browser.complaints() == []
 
 

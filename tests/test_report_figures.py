@@ -22,8 +22,10 @@ from scipy import stats
 
 from fedmerge.errors import ConfigError, MissingExtraError
 from fedmerge.report import figures
-from fedmerge.report.drawing import INK, PALETTE, SURFACE, apart, spread
+from fedmerge.report.clients import separated
+from fedmerge.report.drawing import INK, PALETTE, SURFACE, apart, night, spread
 from fedmerge.report.figures import LabelCounts, method_styles, row_order, to_svg
+from fedmerge.report.heatmap import families
 from fedmerge.report.overall import duels, overviews, ranking, regrets
 from fedmerge.report.reading import load_runs
 from fedmerge.report.runs import ClientResult, Run
@@ -203,6 +205,56 @@ def test_the_heat_map_shows_the_weights_in_the_order_of_its_names(runs: list[Run
         drawn = np.asarray(axes.get_images()[0].get_array())[..., 3]
         np.testing.assert_allclose(drawn * scale, run.weights[[at[n] for n in names], block])
     assert {client.kind for client in run.clients} <= set(texts(figure))
+
+
+def named(run: Run, names: Sequence[str], kinds: Sequence[str | None]) -> Run:
+    """`run` whose clients have these names and kinds, over and over."""
+    clients = tuple(
+        replace(c, id=f"{names[i % len(names)]}{i}", kind=kinds[i % len(kinds)])
+        for i, c in enumerate(run.clients)
+    )
+    return replace(run, last=replace(run.last, clients=clients))
+
+
+@pytest.mark.parametrize("kinds", [[None], ["rot0+invert", "rot90"]])
+def test_names_of_clients_are_whole_and_inside(
+    runs: list[Run], kinds: Sequence[str | None]
+) -> None:
+    run = named(of(runs, "fedmerge")[0], ["Switzerland, east "], kinds)
+    for figure in (figures.weights_heatmap(run), figures.importance_map(run)):
+        assert {client.id for client in run.clients} <= set(texts(figure))
+        figure.draw_without_rendering()
+        ((left, _), (right, _)) = figure.bbox.get_points()
+        for text in figure.findobj(matplotlib.text.Text):
+            box = text.get_window_extent()
+            assert not text.get_text() or (box.x0 >= left and box.x1 <= right), text.get_text()
+
+
+def test_kinds_beyond_the_colours_are_coloured_by_family(runs: list[Run]) -> None:
+    kinds = [f"teacher {i % 3} (0.{i})" for i in range(9)] + ["teacher 9 (x)", "teacher 9 (y)"]
+    assert set(families(kinds).values()) == {f"teacher {i}" for i in (0, 1, 2, 9)}
+    assert families(["a (1)", None, "a (2)"]) == {"a (1)": "a (1)", "a (2)": "a (2)"}
+    figure = figures.weights_heatmap(named(of(runs, "fedmerge")[0], ["c"], kinds))
+    strip = next(axes for axes in figure.axes if axes.patches)
+    assert len({tuple(bar.get_facecolor()) for bar in strip.patches}) == 4
+    assert set(kinds) <= set(texts(figure))  # the share can still be read
+
+
+def test_the_key_of_worth_has_both_ends(runs: list[Run]) -> None:
+    figure = figures.importance_map(of(runs, "fedmerge")[0])
+    key = figure.axes[-1]
+    low, zero, high = (text.get_text() for text in key.get_xticklabels())
+    assert (low, zero) == (f"−{high}", "0")
+    image = np.asarray(key.get_images()[0].get_array())[0]
+    assert np.allclose(image[0, :3], to_rgb(PALETTE["purple"][0]))
+    assert np.allclose(image[-1, :3], to_rgb(PALETTE["green"][0]))
+
+
+def test_painted_colours_turn_into_those_of_the_dark_page() -> None:
+    matrix = np.array(night().split(), dtype=float).reshape(4, 5)
+    for name in ("accent", "green", "purple"):
+        light, dark = (to_rgba(colour) for colour in PALETTE[name])
+        np.testing.assert_allclose(matrix @ [*light, 1], dark, atol=2e-3)
 
 
 def test_a_heat_map_of_many_clients_is_a_sample_and_says_so(runs: list[Run]) -> None:
@@ -422,6 +474,18 @@ def test_labels_are_spread_by_the_least_and_stay_inside() -> None:
     crowded = spread([0.3, 0.31, 0.1, 0.32, 0.9], 0.08)
     assert np.diff(sorted(crowded)).min() >= 0.08 - 1e-9
     assert np.argsort(crowded).tolist() == np.argsort([0.3, 0.31, 0.1, 0.32, 0.9]).tolist()
+
+
+def test_clients_on_one_spot_are_moved_apart_a_little() -> None:
+    spots = np.array([[100.0, 100.0]] * 20 + [[400.0, 300.0]])
+    moved = separated(spots, 19)
+    apart = np.sqrt(((moved[:, None] - moved[None]) ** 2).sum(2)) + np.eye(21) * 99
+    assert apart.min() > 15
+    assert np.abs(moved - spots).max() < 70
+    np.testing.assert_allclose(moved[20], spots[20], atol=0.2)
+    np.testing.assert_array_equal(moved, separated(spots, 19))
+    corner = separated(np.array([[44.0, 44.0]] * 20), 19)
+    assert corner.min() > 0
 
 
 # ---- SVG

@@ -106,8 +106,8 @@ def test_the_page_holds_its_parts(text: str) -> None:
     page = Page(text)
     joined = " ".join(page.words)
     assert joined.count("The same client with both methods") == len(SETTINGS)
-    # curves, gap, differences, scatter, weights, map, worth; and regret and ranks over all
-    assert page.tags.count("svg") == 7 * len(SETTINGS) + 2
+    # curves, gap, differences, scatter, weights, map, worth; regret, ranks and a filter once
+    assert page.tags.count("svg") == 7 * len(SETTINGS) + 3
     assert joined.count("The clients by likeness of their rows") == len(SETTINGS)
     for part in (
         "FedMerge had the best merged-model accuracy in",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.report.drawing import FILLS
-from fedmerge.report.heatmap import Shown, sample, shown
+from fedmerge.report.heatmap import Shown, families, sample, shown
 from fedmerge.report.reading import load_history
 from fedmerge.report.runs import ClientResult, Run, finite
 
@@ -23,7 +23,8 @@ MAX_ROUNDS = 20
 _MAX_BYTES = 100_000  # of one setting's weights over rounds
 MAP = (520, 360)
 """Width and height of the client map, in its own units."""
-_EDGE = 16
+_EDGE = 44  # what moves apart may take up three quarters of it
+_PUSHES = 80
 
 
 def history(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -95,15 +96,19 @@ def client_map(
     room = np.array(MAP) - 2 * _EDGE
     scale = float((room / np.maximum(high - low, 1e-9)).min())
     middle = (low + high) / 2
-    places = np.round((points - middle) * scale * np.array([1, -1]) + np.array(MAP) / 2)
+    places = (points - middle) * scale * np.array([1, -1]) + np.array(MAP) / 2
+    radius = round(float(np.clip(np.sqrt(0.04 * MAP[0] * MAP[1] / len(chosen)), 5, 9)), 1)
+    places = np.round(np.stack([separated(one, 2 * radius + 1) for one in places]))
     clients = [run.clients[i] for i in chosen]
-    kinds = sorted({client.kind for client in clients if client.kind is not None})
+    family = families([client.kind for client in clients])
+    kinds = sorted(set(family.values()))
     signs = [*string.ascii_lowercase, *string.ascii_uppercase]
     letters = {kind: signs[i] if i < len(signs) else "·" for i, kind in enumerate(kinds)}
     gains = {name: _gains(clients, other.clients) for name, other in rivals.items()}
     return {
         "size": MAP,
         "share": share,
+        "radius": radius,
         "kinds": [
             {"name": kind, "letter": letters[kind], "colour": FILLS[i % len(FILLS)]}
             for i, kind in enumerate(kinds)
@@ -115,8 +120,8 @@ def client_map(
                 "x": float(places[-1, k, 0]),
                 "y": float(places[-1, k, 1]),
                 "name": client.id + (f", {client.kind}" if client.kind is not None else ""),
-                "letter": letters.get(client.kind or "", ""),
-                "colour": FILLS[kinds.index(client.kind) % len(FILLS)]
+                "letter": letters.get(family.get(client.kind or "", ""), ""),
+                "colour": FILLS[kinds.index(family[client.kind]) % len(FILLS)]
                 if client.kind is not None
                 else "var(--rule)",
                 "gains": [_shade(gain[k], gain) for gain in gains.values()],
@@ -125,6 +130,28 @@ def client_map(
         ],
         "path": places.reshape(len(places), -1).tolist(),
     }
+
+
+def separated(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
+    """Return the `places` (m, 2) of the map moved apart to about `gap`, each as little as needed.
+
+    Many clients with equal weights would otherwise be one point. Those on one spot are set round
+    it like the seeds of a sunflower; then pairs that are still too near push each other away.
+    """
+    m = len(places)
+    near = np.linalg.norm(places[:, None] - places[None], axis=2) < gap / 2
+    earlier = np.tril(near, -1).sum(1)  # clients on the spot before this one
+    angle, far = earlier * 2.399963, 0.56 * gap * np.sqrt(earlier)
+    moved: NDArray[np.float64] = places + (far * np.stack([np.cos(angle), np.sin(angle)])).T
+    low, high = np.full(2, _EDGE / 4), np.array(MAP) - _EDGE / 4
+    for _ in range(_PUSHES):
+        apart = moved[:, None] - moved[None]
+        distance = np.linalg.norm(apart, axis=2) + np.eye(m) * 1e9
+        push = np.maximum(gap - distance, 0) / np.maximum(distance, 1e-9)
+        if not push.any():
+            break
+        moved = np.clip(moved + 0.3 * (push[..., None] * apart).sum(1), low, high)
+    return moved
 
 
 def _gains(ours: Sequence[ClientResult], theirs: Sequence[ClientResult]) -> list[float | None]:
@@ -140,16 +167,15 @@ def _gains(ours: Sequence[ClientResult], theirs: Sequence[ClientResult]) -> list
 def _shade(gain: float | None, all_gains: Sequence[float | None]) -> dict[str, Any]:
     """The colour of a gain: its hue is its sign, its strength its size; a sign says it, too."""
     if gain is None:
-        return {"sign": "?", "colour": "var(--rule)", "value": "unknown"}
+        return {"sign": "?", "hue": "rule", "strength": 100, "value": "unknown"}
     sizes = [abs(value) for value in all_gains if value is not None]
     full = max(0.05, float(np.quantile(sizes, 0.9)))
     strength = round(100 * min(1.0, abs(gain) / full))
-    hue = "accent" if gain > 0 else "blue"
     sign = "+" if gain > 0 else "−" if gain < 0 else "="
-    colour = f"color-mix(in srgb, var(--{hue}) {max(strength, 12)}%, var(--surface))"
     return {
         "sign": sign,
-        "colour": colour if gain else "var(--rule)",
+        "hue": "accent" if gain > 0 else "blue" if gain < 0 else "rule",
+        "strength": max(strength, 12) if gain else 100,
         "value": f"{sign}{abs(gain):.3f}" if gain else "0",
     }
 

@@ -172,7 +172,7 @@ def _size_key(figure: Figure, most: int) -> None:
     axes.set_axis_off()
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    x = 0.145
+    x = 0.03
     axes.text(x, 0.5, "clients on one spot", va="center", fontsize=8)
     x += 0.25
     for size, counts in sizes.items():

@@ -256,6 +256,21 @@ def to_svg(figure: Figure, label: str | None = None) -> str:
     )
 
 
+def night() -> str:
+    """Return the matrix (of feColorMatrix) that turns the colours of pixels into a dark page's.
+
+    It is exact for the three colours that the heat maps are painted in, at every opacity.
+    """
+    from matplotlib.colors import to_rgb
+
+    names = ("accent", "green", "purple")
+    light, dark = (np.array([to_rgb(PALETTE[name][i]) for name in names]).T for i in (0, 1))
+    rows = np.zeros((4, 5))
+    rows[:3, :3] = dark @ np.linalg.inv(light)
+    rows[3, 3] = 1
+    return " ".join(f"{value:.4g}" for value in rows.ravel())
+
+
 _NO_METADATA: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from fedmerge.errors import MissingExtraError, StateError
 from fedmerge.report import figures
 from fedmerge.report.about import configuration, facts, notices
-from fedmerge.report.drawing import PALETTE, Style, method_styles
+from fedmerge.report.drawing import PALETTE, Style, method_styles, night
 from fedmerge.report.findings import findings
 from fedmerge.report.overall import Ranking, overviews, ranking, regrets
 from fedmerge.report.panels import cell, method_name, panel, some
@@ -131,6 +131,7 @@ def page_content(runs: Sequence[Run], open_runs: Sequence[str]) -> dict[str, Any
         ],
         "configuration": configuration(runs),
         "palette": PALETTE,
+        "night": night(),
         "margin": MARGIN,
         "significance": SIGNIFICANCE,
         "script": script,

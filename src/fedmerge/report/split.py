@@ -60,7 +60,7 @@ def data_split(
         axes = figure.add_axes((0.24, 0.5 / tall, 0.73 - span, 1 - 1.15 / tall))
         _label_bars(axes, chosen, n_labels, names)
         strip = figure.add_axes((0.205, 0.5 / tall, 0.018, 1 - 1.15 / tall))
-        kind_strip(strip, [row.kind for row in chosen], coloured=False)
+        kind_strip(strip, [row.kind for row in chosen], coloured=False, letters=14)
         if images:
             _image_strips(figure, [row.kind or "" for row in chosen], images, tall)
         note = "" if len(chosen) == len(rows) else f" ({len(chosen)} of {len(rows)} clients)"

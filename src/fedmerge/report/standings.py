@@ -65,7 +65,7 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
             right = _root(largest) < 0.62 * _root(top)
             axes.annotate(
                 text, (largest, row), (8 if right else -8, 0), textcoords="offset points",
-                ha="left" if right else "right", va="center_baseline", fontsize=7, alpha=0.85,
+                ha="left" if right else "right", va="center_baseline", fontsize=8, alpha=0.85,
                 bbox=None if right else {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8},
                 zorder=6,
             )  # fmt: skip
@@ -94,7 +94,7 @@ def rank_picture(ranking: Ranking, styles: Mapping[str, Style]) -> Figure:
                          linewidth=0)  # fmt: skip
             axes.plot([means[0], means[0] + difference], [-0.72, -0.72], color=INK, linewidth=1.4,
                       clip_on=False)  # fmt: skip
-            axes.text(means[0], -0.95, f"critical difference {difference:.1f}", fontsize=7.5,
+            axes.text(means[0], -0.95, f"critical difference {difference:.1f}", fontsize=8,
                       va="bottom")  # fmt: skip
         for i, (first, last) in enumerate(bars):
             x = 1.02 + 0.022 * (i % 6)
@@ -107,7 +107,7 @@ def rank_picture(ranking: Ranking, styles: Mapping[str, Style]) -> Figure:
                       markersize=8 if style.order > 5 else 6, markeredgewidth=0.8,
                       zorder=5)  # fmt: skip
             axes.annotate(f"{mean:.1f}", (mean, row), (8, 0), textcoords="offset points",
-                          va="center_baseline", fontsize=7, alpha=0.85)  # fmt: skip
+                          va="center_baseline", fontsize=8, alpha=0.85)  # fmt: skip
         _title(figure, f"Average rank over {len(ranking.settings)} settings (1 is best)")
         return figure
 
