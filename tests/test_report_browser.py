@@ -5,13 +5,14 @@ Skipped where no Chromium is installed.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from browser_fixture import NAMES, Browser, find_browser
-from fedmerge.report import write_report
+from fedmerge.report import fit, write_report
 from report_fixture import write_folder
 
 PATH = find_browser()
@@ -264,6 +265,18 @@ def test_a_narrow_page_does_not_scroll_sideways(shared: Browser) -> None:
         shared.resize(width, 900)
         assert shared.run("document.documentElement.scrollWidth") <= width
     shared.send("Emulation.clearDeviceMetricsOverride")
+
+
+@pytest.mark.parametrize("part", [0.9, 0.6, 0.0])  # of its bytes; without all parts it is larger
+def test_a_page_with_parts_left_out_works(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: float
+) -> None:
+    monkeypatch.setattr(fit, "LIMIT", part * report.stat().st_size)
+    shutil.copytree(report.parent, tmp_path / "cut")
+    with Browser(PATH or "") as browser:
+        browser.open(write_report(tmp_path / "cut"))
+        assert "leaves out" in browser.run("document.querySelector('header').textContent")
+        assert browser.complaints() == []
 
 
 def test_the_dark_page_is_dark(report: Path) -> None:

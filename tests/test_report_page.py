@@ -6,6 +6,7 @@ The page is parsed, not rendered: no browser is needed here.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import re
@@ -18,7 +19,10 @@ import numpy as np
 import pytest
 
 from fedmerge.errors import MissingExtraError, StateError
-from fedmerge.report import write_report
+from fedmerge.report import fit, write_report
+from fedmerge.report.clients import history, most_clients
+from fedmerge.report.fit import share
+from fedmerge.report.page import page_content
 from fedmerge.report.reading import load_history, load_runs
 from report_fixture import METHODS, SETTINGS, write_folder, write_run
 
@@ -144,6 +148,45 @@ def test_equal_runs_give_equal_bytes(folder: Path, text: str) -> None:
     assert {p.name for p in folder.iterdir()} == {
         "clients.parquet", "comparison.json", "report.html", "results.jsonl", "runs"
     }  # fmt: skip
+
+
+def test_a_page_too_large_leaves_parts_out_and_says_so(
+    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = load_runs(folder)
+    content = page_content(runs, [])
+    monkeypatch.setattr("fedmerge.report.page.load_runs", lambda _: runs)
+    sizes = []
+    for limit in (int(part * len(text.encode())) for part in (0.999, 0.8, 0.6, 0.4)):
+        monkeypatch.setattr(fit, "LIMIT", limit)
+        # A copy, as what is left out is taken from the content itself.
+        fresh = copy.deepcopy(content)
+        monkeypatch.setattr("fedmerge.report.page.page_content", lambda *_, c=fresh: c)
+        small = write_report(folder).read_text(encoding="utf-8")
+        assert len(small.encode()) <= limit
+        assert "this page leaves out what each model is worth" in small
+        assert "fedmerge report --figures" in small
+        page = Page(small)
+        assert len(page.ids) == len(set(page.ids))
+        assert "The methods stand in order of their average rank" in small or not fresh["views"]
+        sizes.append(page.tags.count("svg"))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 6 * len(SETTINGS) + 3  # only the worth is gone
+    monkeypatch.undo()
+    assert write_report(folder).read_text(encoding="utf-8") == text
+
+
+def test_many_settings_share_the_room_for_clients(folder: Path) -> None:
+    run = next(run for run in load_runs(folder) if run.method == "fedmerge")
+    most = [most_clients(run, 22, share(n)) for n in (1, 20, 200, 2000)]
+    assert most == sorted(most, reverse=True)
+    assert most[0] == 300
+    assert most[-1] == 4
+    assert most_clients(run, 22, share(20)) * 20 * 1000 < 5_000_000
+    rounds, _ = history(run)
+    fewer, _ = history(run, 3 * (run.weights[0].size * len(run.weights)))
+    assert len(fewer) == 3 < len(rounds)
+    assert fewer[-1] == rounds[-1]
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -20,17 +20,30 @@ from fedmerge.report.runs import ClientResult, Run, finite
 
 MAX_CLIENTS = 300
 MAX_ROUNDS = 20
-_MAX_BYTES = 100_000  # of one setting's weights over rounds
+MAX_BYTES = 100_000
+"""Of one setting's weights over rounds."""
 MAP = (520, 360)
 """Width and height of the client map, in its own units."""
 _EDGE = 44  # what moves apart may take up three quarters of it
 _PUSHES = 80
 
 
-def history(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def most_clients(run: Run, methods: int, room: float) -> int:
+    """Return how many clients of `run` fit into `room` bytes of the page, at most 300.
+
+    Each is in the map, in the list and in the embedded numbers, with its value under each method.
+    """
+    labels = max((len(client.label_counts) for client in run.clients), default=0)
+    b, d = (0, 0) if run.weights is None else run.weights.shape[1:]
+    each = 750 + 6 * methods + 5 * labels + (4 * b + 5) * d + 8 * MAX_ROUNDS
+    return max(4, min(MAX_CLIENTS, int(room / each)))
+
+
+def history(run: Run, room: float = MAX_BYTES) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return rounds (T,) and weights (T, m, b, d) of `run`, its end alone where no more is kept.
 
-    At most 20 rounds, evenly chosen and with the last. Raises TypeError for a run without weights.
+    At most 20 rounds, evenly chosen and with the last, and so many that `room` bytes hold their
+    weights (two fit always). Raises TypeError for a run without weights.
     """
     if run.weights is None:
         raise TypeError("this run has no weights")
@@ -38,7 +51,7 @@ def history(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     if kept is None:
         return np.array([run.last.round]), run.weights[None]
     rounds, weights = kept
-    most = max(2, min(MAX_ROUNDS, _MAX_BYTES // max(1, weights[0].size)))
+    most = max(2, min(MAX_ROUNDS, int(room / max(1, weights[0].size))))
     if len(rounds) > most:
         at = np.unique(np.linspace(0, len(rounds) - 1, most).round().astype(int))
         rounds, weights = rounds[at], weights[at]
@@ -82,14 +95,18 @@ def plane(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
 
 
 def client_map(
-    run: Run, rivals: Mapping[str, Run], weights: NDArray[np.float64]
+    run: Run,
+    rivals: Mapping[str, Run],
+    weights: NDArray[np.float64],
+    most: int = MAX_CLIENTS,
 ) -> dict[str, Any] | None:
     """Return the points of the client map and what colours them; None without weights.
 
+    most: how many clients; of more, an even sample, the same as in `cards`.
     rivals: by name, the runs that a gain in accuracy is measured against (same seed).
     """
     points, share = plane(weights)
-    chosen = sample(len(run.clients), MAX_CLIENTS)
+    chosen = sample(len(run.clients), most)
     points = points[:, chosen]
     low, high = points.min((0, 1)), points.max((0, 1))
     # One scale for both axes: a distance on the map is a distance of rows.
@@ -180,7 +197,7 @@ def _shade(gain: float | None, all_gains: Sequence[float | None]) -> dict[str, A
     }
 
 
-def cards(subject: Run, others: Sequence[Run]) -> dict[str, Any]:
+def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[str, Any]:
     """Return what the page shows of each client of `subject`, and its accuracy in all runs.
 
     others: the runs of all methods with the same setting and seed. Accuracies (or losses of a
@@ -193,7 +210,7 @@ def cards(subject: Run, others: Sequence[Run]) -> dict[str, Any]:
         {client.id: getattr(client, metric).get("merged") for client in run.clients}
         for run in others
     ]
-    chosen = sample(len(subject.clients), MAX_CLIENTS)
+    chosen = sample(len(subject.clients), most)
     rows = None if subject.weights is None else np.round(subject.weights * 100).astype(int)
     return {
         "metric": metric,

@@ -71,7 +71,8 @@
 
     const who = (row) => {
       const client = data.clients.find((one) => one.index === kept.clients[row]);
-      return client ? client.id + (client.kind === null ? "" : `, ${client.kind}`) : "";
+      if (!client) return `client number ${kept.clients[row] + 1}`;
+      return client.id + (client.kind === null ? "" : `, ${client.kind}`);
     };
     cells(figure, images, rows, models, (block, row, model) => {
       const weight = bytes[start(now, block) + row * models + model] / 255 * kept.scale;
@@ -338,8 +339,9 @@
   const turn = document.getElementById("turn");
   function seen() {
     const tab = tabs.find((one) => one.checked);
-    if (turn) turn.value = tab.id.replace("tab-", "");
-    enliven(document.getElementById(tab ? tab.id.replace("tab", "setting") : "setting-1"));
+    if (turn && tab) turn.value = tab.id.replace("tab-", "");
+    const panel = document.getElementById(tab ? tab.id.replace("tab", "setting") : "setting-1");
+    if (panel) enliven(panel);
   }
   // A setting is chosen by tab, list, button or address, and then stands in the address.
   function choose(number) {

@@ -21,6 +21,7 @@ from fedmerge.report import figures
 from fedmerge.report.about import configuration, facts, notices
 from fedmerge.report.drawing import PALETTE, Style, method_styles, night
 from fedmerge.report.findings import findings
+from fedmerge.report.fit import fitted, share
 from fedmerge.report.overall import Ranking, overviews, ranking, regrets
 from fedmerge.report.panels import cell, method_name, panel, some
 from fedmerge.report.ranking import METRICS, Table, comparison, unique
@@ -73,7 +74,7 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     content = page_content(runs, unfinished(folder))
-    page = environment.get_template("page.html").render(content).lstrip()
+    page = fitted(environment.get_template("page.html").render, content).lstrip()
     path = folder / "report.html"
     try:
         _replace(path, page)
@@ -125,7 +126,9 @@ def page_content(runs: Sequence[Run], open_runs: Sequence[str]) -> dict[str, Any
         if len(sums.ranking.means) > 1
         else None,
         "panels": [
-            panel(one["column"], of_column[one["column"]], styles, sums.duels)
+            panel(
+                one["column"], of_column[one["column"]], styles, sums.duels, share(len(of_column))
+            )
             for group in groups
             for one in group["settings"]
         ],

@@ -39,9 +39,16 @@ _COLUMNS = (
 
 
 def panel(
-    name: str, runs: Sequence[Run], styles: Mapping[str, Style], duels: Sequence[Duel]
+    name: str,
+    runs: Sequence[Run],
+    styles: Mapping[str, Style],
+    duels: Sequence[Duel],
+    room: float = 200_000,
 ) -> dict[str, Any]:
-    """Return the content of one setting; pictures that cannot be drawn are None."""
+    """Return the content of one setting; pictures that cannot be drawn are None.
+
+    room: bytes that its clients and their weights may take; of too many, a sample is shown.
+    """
     metric = metric_of(runs)
     main = comparison(runs, "merged", metric)
     tables = [(heading, comparison(runs, model, key, at)) for heading, key, model, at in _COLUMNS]
@@ -83,28 +90,33 @@ def panel(
         "scatter": figures.to_svg(figures.client_scatter(mine, theirs)) if pairs else None,
         "ours": ours,
         "rival": rival,
-        **_clients(runs, mine or runs, methods, styles),
+        **_clients(runs, mine or runs, methods, styles, room),
     }
 
 
 def _clients(
-    runs: Sequence[Run], mine: Sequence[Run], methods: Sequence[str], styles: Mapping[str, Style]
+    runs: Sequence[Run],
+    mine: Sequence[Run],
+    methods: Sequence[str],
+    styles: Mapping[str, Style],
+    room: float,
 ) -> dict[str, Any]:
     """The heat maps, the client map and the cards: of one seed, as clients differ between seeds."""
     subject = next((run for run in mine if run.weights is not None and run.weights.size), mine[0])
     same = {run.method: run for run in runs if run.seed == subject.seed}
     shown = [method for method in methods if method in same]
+    most = of_clients.most_clients(subject, len(shown), 0.75 * room)
     data: dict[str, Any] = {
         "methods": [{"name": name, "index": styles[name].index} for name in shown],
         "ours": subject.method,
-        **of_clients.cards(subject, [same[name] for name in shown]),
+        **of_clients.cards(subject, [same[name] for name in shown], most),
     }
     content: dict[str, Any] = {"subject": subject, "heatmap": None, "worth": None, "map": None}
     if subject.weights is not None and subject.weights.size and subject.clients:
-        rounds, weights = of_clients.history(subject)
+        rounds, weights = of_clients.history(subject, min(of_clients.MAX_BYTES, 0.18 * room))
         part = of_clients.part_of(subject, weights)
         against: dict[str, Run] = {name: same[name] for name in ("fedavg", "local") if name in same}
-        content["map"] = of_clients.client_map(subject, against, weights)
+        content["map"] = of_clients.client_map(subject, against, weights, most)
         content["heatmap"] = figures.to_svg(figures.weights_heatmap(subject, part))
         if all(client.importance for client in subject.clients):
             content["worth"] = figures.to_svg(figures.importance_map(subject, part))
@@ -112,9 +124,13 @@ def _clients(
         data["path"] = content["map"].pop("path")
         content["rounds"] = rounds.tolist()
     content["listed"] = _listed(subject, same, data)
-    # "</script>" in a name would end the element that holds the data.
-    content["data"] = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    content["data"] = embedded(data)
     return content
+
+
+def embedded(data: Mapping[str, Any]) -> str:
+    """Return `data` as JSON for a script element, which "</script>" in a name would end."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _listed(subject: Run, same: Mapping[str, Run], data: Mapping[str, Any]) -> dict[str, Any]:
