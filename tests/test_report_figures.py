@@ -405,6 +405,8 @@ def test_each_method_keeps_its_look_and_differs_by_more_than_colour() -> None:
     assert len({style.marker for style in rivals}) == len(rivals)
     assert len({str(style.line) for style in rivals}) == len(rivals)
     assert PALETTE["accent"][0] not in {style.colour for style in rivals}
+    many = method_styles([f"m{i}" for i in range(40)]).values()
+    assert len({(style.colour, style.marker) for style in many}) == 40  # as in the tables
 
 
 def test_named_methods_of_a_setting_share_no_colour(runs: list[Run]) -> None:

@@ -70,8 +70,8 @@ def _tables(content: dict[str, Any]) -> None:
 _CUTS: tuple[tuple[str, Callable[[dict[str, Any]], None]], ...] = (
     ("what each model is worth", _without("worth")),
     ("the gap over rounds", _without("gap")),
-    ("the clients", _clients),
-    ("the clients with both methods", _without("scatter")),
+    ("the clients under both methods", _without("scatter")),
+    ("the clients and their weights", _clients),
     ("the differences", _without("duels")),
     ("the learning curves", _without("curves")),
     ("all but one view of the table", _views),
