@@ -92,7 +92,9 @@ def client_scatter(fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run]) -> 
         raise ConfigError("client_scatter: the two methods share no client with an accuracy")
     ours, theirs = fedmerge_runs[0].method, fedavg_runs[0].method
     points, low = _spots(pairs)
-    most = max(count for count in points.values())
+    most = max(points.values())
+    # The marks together must leave room between them, and one client must be no more than a dot.
+    full = max(16.0, min(_LARGEST, 16.0 * most, _MARKED * most / len(pairs)))
     above = sum(y > x for x, y in pairs)
     below = sum(y < x for x, y in pairs)
     with drawing():
@@ -100,18 +102,20 @@ def client_scatter(fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run]) -> 
         axes = figure.add_axes((0.145, 0.165, 0.765, 0.702))
         axes.plot([low, 1], [low, 1], color=INK, linewidth=0.8, alpha=0.6)
         for colour, marker, side in _SIDES:
-            for size in sorted({_size(count, most) for count in points.values()}, reverse=True):
+            for size in sorted(
+                {_size(count / most, full) for count in points.values()}, reverse=True
+            ):
                 chosen = [
                     (x, y)
                     for (x, y, sign), count in points.items()
-                    if sign == side and _size(count, most) == size
+                    if sign == side and _size(count / most, full) == size
                 ]
                 axes.scatter(
                     [x for x, _ in chosen], [y for _, y in chosen], s=size, marker=marker,
                     color=PALETTE[colour][0], alpha=0.72, linewidths=0.6, edgecolors=SURFACE,
                     zorder=3, clip_on=False,
                 )  # fmt: skip
-        _size_key(figure, most)
+        _size_key(figure, most, full)
         pad = 0.035 * (1 - low)
         axes.set_xlim(low - pad, 1 + pad)
         axes.set_ylim(low - pad, 1 + pad)
@@ -131,6 +135,7 @@ def client_scatter(fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run]) -> 
 
 _SIDES = (("slate", "D", 0), ("accent", "o", 1), ("blue", "s", -1))
 _LARGEST = 190.0  # square points, of the mark of the most clients on one spot
+_MARKED = 6000.0  # square points, of all marks together
 _SPOTS = 60  # marks that have room side by side
 
 
@@ -151,21 +156,19 @@ def _spots(pairs: Sequence[tuple[float, float]]) -> tuple[Counter[tuple[float, f
     return Counter((near(x), near(y), int(np.sign(y - x))) for x, y in pairs), low
 
 
-def _size(count: int, most: int) -> float:
+def _size(share: float, full: float) -> float:
     """The area of a mark, in steps that the eye can tell; at least one that can be seen."""
-    full = min(_LARGEST, 16.0 * most)
-    share = count / most
     for step in (0.06, 0.12, 0.25, 0.5):
         if share <= step:
             return max(4.0, full * step)
     return full
 
 
-def _size_key(figure: Figure, most: int) -> None:
+def _size_key(figure: Figure, most: int, full: float) -> None:
     """What each size of a mark stands for, at the bottom right; nothing if all stand for one."""
     sizes: dict[float, list[int]] = {}
     for count in range(1, most + 1):
-        sizes.setdefault(_size(count, most), []).append(count)
+        sizes.setdefault(_size(count / most, full), []).append(count)
     if len(sizes) < 2:
         return
     axes = figure.add_axes((0, 0, 1, 0.06))
