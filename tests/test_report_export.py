@@ -96,3 +96,10 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"fedmerge\[report\]"):
         write_figures(tmp_path)
+
+
+def test_the_exported_scatter_shows_one_variant_alone(tmp_path: Path) -> None:
+    methods = ("fedmerge", "fedmerge:rule=paper", "fedavg")
+    write_folder(tmp_path, settings=("domain",), methods=methods, seeds=(0, 1), rounds=2)
+    out, _ = write_figures(tmp_path)
+    assert "of 64 (clients × seeds)" in (out / "domain-clients.svg").read_text()

@@ -19,6 +19,7 @@ import pytest
 
 from fedmerge.errors import MissingExtraError, StateError
 from fedmerge.report import write_report
+from fedmerge.report.panels import focused
 from fedmerge.report.reading import load_history, load_runs
 from report_fixture import METHODS, SETTINGS, write_folder, write_run
 
@@ -241,3 +242,32 @@ def test_importing_the_package_imports_no_extra() -> None:
         "sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.fixture
+def variants(tmp_path: Path) -> Path:
+    """A comparison in which a variant named later does better than the first one."""
+    methods = ("fedmerge", "fedmerge:rule=paper", "fedavg")
+    better = {("domain", "fedmerge:rule=paper", seed): 0.95 for seed in (0, 1)}
+    return write_folder(
+        tmp_path, settings=("domain",), methods=methods, seeds=(0, 1), rounds=4, accuracy=better
+    )
+
+
+def test_one_variant_is_the_subject_of_every_part_of_the_page(variants: Path) -> None:
+    text = write_report(variants).read_text()
+    labels = re.findall(r'aria-label="(accuracy of [^"]*)"', text)
+    assert labels == [
+        "accuracy of fedmerge minus that of each other method",
+        "accuracy of each client, fedmerge against fedavg",
+    ]
+    assert "Right of 0 fedmerge is better." in text
+    assert "merging weights of fedmerge in domain" in text
+    assert ": fedmerge, seed 0</h4>" in text
+    (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
+    assert data["ours"] == "fedmerge"
+
+
+def test_the_subject_keeps_its_colour_where_two_variants_of_it_do_better() -> None:
+    ranked = ["fedmerge:a", "fedmerge:b", "fedmerge", *(f"m{i}" for i in range(9))]
+    assert focused(ranked, "fedmerge") == ["fedmerge", "fedmerge:a", "m0", "m1", "m2", "m3", "m4"]

@@ -21,7 +21,7 @@ from fedmerge.report.overall import Regret, metric_of, regrets
 from fedmerge.report.panels import focused, ordered
 from fedmerge.report.ranking import Entry, Table, comparison, unique
 from fedmerge.report.reading import load_runs
-from fedmerge.report.runs import Run, finite, is_fedmerge
+from fedmerge.report.runs import Run, finite
 from fedmerge.report.tables import to_markdown, value_text
 from fedmerge.report.totals import Totals, totals
 
@@ -92,7 +92,7 @@ def _of_setting(
 ) -> Iterator[tuple[str, Figure]]:
     metric = metric_of(runs)
     methods = ordered(comparison(runs, "merged", metric), column)
-    focus = focused(methods)
+    focus = focused(methods, sums.subject)
     yield "methods", figures.method_dots(runs, "merged", metric, styles, column)
     yield "curves", figures.learning_curves(runs, styles=styles, focus=focus)
     if any(finite(point.gap_test) for run in runs for point in run.log):
@@ -100,7 +100,7 @@ def _of_setting(
     fought = [duel for duel in sums.duels if duel.setting == column]
     if fought and sums.subject:
         yield "differences", figures.duel_intervals(fought, sums.subject, metric)
-    ours = [run for run in runs if is_fedmerge(run.method)]
+    ours = [run for run in runs if run.method == sums.subject]
     theirs = [run for run in runs if run.method == "fedavg"]
     if figures.client_pairs(ours, theirs):
         yield "clients", figures.client_scatter(ours, theirs)

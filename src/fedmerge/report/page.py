@@ -125,7 +125,7 @@ def page_content(runs: Sequence[Run], open_runs: Sequence[str]) -> dict[str, Any
         if len(sums.ranking.means) > 1
         else None,
         "panels": [
-            panel(one["column"], of_column[one["column"]], styles, sums.duels)
+            panel(one["column"], of_column[one["column"]], styles, sums.subject, sums.duels)
             for group in groups
             for one in group["settings"]
         ],

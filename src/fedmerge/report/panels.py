@@ -38,20 +38,27 @@ _COLUMNS = (
 
 
 def panel(
-    name: str, runs: Sequence[Run], styles: Mapping[str, Style], duels: Sequence[Duel]
+    name: str,
+    runs: Sequence[Run],
+    styles: Mapping[str, Style],
+    subject: str | None,
+    duels: Sequence[Duel],
 ) -> dict[str, Any]:
-    """Return the content of one setting; pictures that cannot be drawn are None."""
+    """Return the content of one setting; pictures that cannot be drawn are None.
+
+    subject: the method that the whole page is about, even where another variant of it did better.
+    """
     metric = metric_of(runs)
     main = comparison(runs, "merged", metric)
     tables = [(heading, comparison(runs, model, key, at)) for heading, key, model, at in _COLUMNS]
     tables = [(heading, table) for heading, table in tables if some(table)]
     methods = ordered(main, name)
-    ours = next((method for method in methods if is_fedmerge(method)), None)
+    ours = subject if subject in methods else None
     rivals = [method for method in methods if not is_fedmerge(method)]
     rival = "fedavg" if "fedavg" in rivals else rivals[0] if rivals else None
     mine = [run for run in runs if run.method == ours]
     theirs = [run for run in runs if run.method == rival]
-    focus = focused(methods)
+    focus = focused(methods, subject)
     pairs = figures.client_pairs(mine, theirs)
     gaps = any(finite(point.gap_test) for run in runs for point in run.log)
     fought = [duel for duel in duels if duel.setting == name]
@@ -80,20 +87,24 @@ def panel(
         "scatter": figures.to_svg(figures.client_scatter(mine, theirs)) if pairs else None,
         "ours": ours,
         "rival": rival,
-        **_clients(runs, mine or runs, methods, styles),
+        **_clients(runs, ours, methods, styles),
     }
 
 
 def _clients(
-    runs: Sequence[Run], mine: Sequence[Run], methods: Sequence[str], styles: Mapping[str, Style]
+    runs: Sequence[Run], ours: str | None, methods: Sequence[str], styles: Mapping[str, Style]
 ) -> dict[str, Any]:
-    """The heat maps, the client map and the cards: of one seed, as clients differ between seeds."""
+    """The heat maps, the client map and the cards: of one seed, as clients differ between seeds.
+
+    ours: the method whose clients are shown, any if None.
+    """
+    mine = [run for run in runs if ours is None or run.method == ours]
     subject = next((run for run in mine if run.weights is not None and run.weights.size), mine[0])
     same = {run.method: run for run in runs if run.seed == subject.seed}
     shown = [method for method in methods if method in same]
     data: dict[str, Any] = {
         "methods": [{"name": name, "index": styles[name].index} for name in shown],
-        "ours": subject.method,
+        "ours": ours or "",
         **of_clients.cards(subject, [same[name] for name in shown]),
     }
     content: dict[str, Any] = {"subject": subject, "heatmap": None, "worth": None, "map": None}
@@ -146,11 +157,15 @@ def ordered(table: Table, setting: str) -> list[str]:
     return sorted((m for m in table.methods if table.entries[m, setting].n), key=key)
 
 
-def focused(methods: Sequence[str]) -> list[str] | None:
-    """Return the methods to be drawn in colour, from `methods` with the best first; None: all."""
+def focused(methods: Sequence[str], subject: str | None) -> list[str] | None:
+    """Return the methods to be drawn in colour, from `methods` with the best first; None: all.
+
+    subject: the method that the page is about; it is among them wherever it stands.
+    """
     if len(methods) <= FOCUS + 3:
         return None
-    ours = [name for name in methods if is_fedmerge(name)][:2]
+    variants = [name for name in methods if is_fedmerge(name)]
+    ours = sorted(variants, key=lambda name: name != subject)[:2]
     return [*ours, *[name for name in methods if not is_fedmerge(name)][:FOCUS]]
 
 
