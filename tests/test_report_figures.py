@@ -407,3 +407,48 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"fedmerge\[report\]"):
         figures.learning_curves(runs)
+
+
+def diverged(run: Run, after: int) -> Run:
+    """The run with losses and gaps that are not finite after a round."""
+    log = tuple(
+        replace(p, loss=dict.fromkeys(p.loss, np.nan), gap_test=None) if p.round > after else p
+        for p in run.log
+    )
+    return replace(run, log=log)
+
+
+def drawn(figure: Any, method: str) -> Any:
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == method]
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata(), dtype=float)
+
+
+def test_a_method_that_diverged_is_drawn_over_the_seeds_it_has_and_named(runs: list[Run]) -> None:
+    plain = [
+        replace(run, log=tuple(replace(p, accuracy={}) for p in run.log))
+        for run in of(runs, "fedavg")
+    ]
+    figure = figures.learning_curves([plain[0], diverged(plain[1], 4)])
+    rounds, values = drawn(figure, "fedavg")
+    assert rounds == [2, 4, 6, 8, 10, 12]
+    np.testing.assert_allclose(values, [p.loss["merged"] for p in plain[0].log if p.loss])
+    assert "seeds that diverged: fedavg 1 of 2" in texts(figure)
+    figure = figures.learning_curves([diverged(plain[0], 6), diverged(plain[1], 4)])
+    assert drawn(figure, "fedavg")[0] == [2, 4]
+    figure = figures.learning_curves([diverged(plain[0], 6), diverged(plain[1], 0)])
+    assert drawn(figure, "fedavg")[0] == [2, 4, 6]
+    figure = figures.gap_over_rounds([plain[0], diverged(plain[1], 4)])
+    assert drawn(figure, "fedavg")[0] == [2, 4, 6, 8, 10, 12]
+    assert "seeds that diverged: fedavg 1 of 2" in texts(figure)
+
+
+def test_a_method_that_diverged_has_its_regret_at_the_edge(runs: list[Run]) -> None:
+    lost = [
+        replace(regret, losses={"concept-mix": np.inf}) if regret.method == "local" else regret
+        for regret in regrets(overviews(runs)[0])
+    ]
+    figure = figures.regret_picture(lost, "accuracy", method_styles(METHODS))
+    assert "diverged in concept-mix" in texts(figure)
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names[-1] == "local"
+    assert np.isfinite(figure.axes[0].get_xlim()).all()

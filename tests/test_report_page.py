@@ -19,9 +19,12 @@ import pytest
 
 from fedmerge.errors import MissingExtraError, StateError
 from fedmerge.report import write_report
+from fedmerge.report.about import notices
+from fedmerge.report.page import page_content
 from fedmerge.report.panels import focused
 from fedmerge.report.reading import load_history, load_runs
 from report_fixture import METHODS, SETTINGS, write_folder, write_run
+from test_report_tables import make
 
 
 class Page(HTMLParser):
@@ -114,7 +117,7 @@ def test_the_page_holds_its_parts(text: str) -> None:
         "FedMerge had the best merged-model accuracy in",
         "Where FedMerge did not have the best mean",
         "In domain, ditto was ahead by",
-        "FedMerge's regret, its largest loss in accuracy to the best method of a setting, is 0.0",
+        "FedMerge's regret, the most accuracy lost to the best of a setting, is 0.0",
         "Friedman’s test",
         "Test accuracy, merged model",
         "Test accuracy, merged model, best round",
@@ -271,3 +274,17 @@ def test_one_variant_is_the_subject_of_every_part_of_the_page(variants: Path) ->
 def test_the_subject_keeps_its_colour_where_two_variants_of_it_do_better() -> None:
     ranked = ["fedmerge:a", "fedmerge:b", "fedmerge", *(f"m{i}" for i in range(9))]
     assert focused(ranked, "fedmerge") == ["fedmerge", "fedmerge:a", "m0", "m1", "m2", "m3", "m4"]
+
+
+def test_methods_that_diverged_are_said() -> None:
+    runs = make({"domain": {"fedmerge": [0.5, 0.6], "fedavg": [0.4, float("nan")]}})
+    assert notices(runs, ()) == [
+        "Not every run stayed finite: fedavg in domain diverged on 1 of 2 seeds. A method that "
+        "diverged on any seed of a setting has no mean there and ranks last."
+    ]
+    content = page_content(runs, ())
+    rows = {row["method"]: row for row in content["views"][0]["tables"][0]["rows"]}
+    assert rows["fedavg"]["cells"][0]["value"] == "diverged on 1 of 2 seeds"
+    assert rows["fedavg"]["cells"][0]["shade"] == 100
+    assert rows["fedavg"]["head"][:3] == ["2.0", "diverged", "diverged"]
+    assert [row["behind"] for row in content["panels"][0]["rows"]] == ["–", "diverged"]

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmerge.report.overall import overviews
 from fedmerge.report.ranking import unique
 from fedmerge.report.runs import Run
 
@@ -47,6 +48,18 @@ def notices(runs: Sequence[Run], open_runs: Sequence[str]) -> list[str]:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         said.append(
             f"Not every method has every setting and seed; {len(missing)} missing: {names}."
+        )
+    diverged = [
+        f"{method} in {setting} {entry.divergence}"
+        for table in overviews(runs)
+        for (method, setting), entry in table.entries.items()
+        if entry.diverged
+    ]
+    if diverged:
+        names = "; ".join(diverged[:5]) + ("; …" if len(diverged) > 5 else "")
+        said.append(
+            f"Not every run stayed finite: {names}. A method that diverged on any seed of a "
+            "setting has no mean there and ranks last."
         )
     refusing = [run for run in runs if run.refused]
     for run in refusing[:5]:

@@ -60,6 +60,7 @@ def learning_curves(
             f"{what} by round, a line for each method", focus or _methods(runs)
         )
         _lines(axes, _by_method(runs, read), styles or method_styles(_methods(runs)), focus)
+        _say_diverged(figure, runs, read)
         axes.set_title(f"mean {what}" + (", nats" if metric == "loss" else ""), pad=10)
         return figure
 
@@ -76,7 +77,9 @@ def gap_over_rounds(
     """
 
     def read(point: RoundPoint) -> float | None:
-        return point.gap_test if split == "test" else point.gap_train
+        gap = point.gap_test if split == "test" else point.gap_train
+        lost = gap is None and any(not finite(loss) for loss in point.loss.values())
+        return float("nan") if lost else gap
 
     with drawing():
         figure, axes = _round_axes(
@@ -90,6 +93,7 @@ def gap_over_rounds(
         else:
             wide = False
         _lines(axes, series, styles or method_styles(_methods(runs)), focus)
+        _say_diverged(figure, runs, read)
         axes.set_title(f"{split} gap, nats" + (" (log scale)" if wide else ""), pad=10)
         return figure
 
@@ -101,19 +105,50 @@ def _methods(runs: Sequence[Run]) -> tuple[str, ...]:
 def _by_method(
     runs: Sequence[Run], read: Callable[[RoundPoint], float | None]
 ) -> dict[str, Series]:
-    """Values by method over the rounds that all of its seeds have, so that no mean jumps."""
+    """Values by method over the rounds that all of its seeds have, so that no mean jumps.
+
+    Of a method that diverged on some seeds these are the other seeds; of one that diverged on all,
+    the rounds before. What `read` returns is None in a round that was not evaluated.
+    """
     series: dict[str, Series] = {}
-    for method in _methods(runs):
-        seeds = []
-        for run in runs:
-            if run.method == method:
-                values = {point.round: read(point) for point in run.log}
-                seeds.append({t: v for t, v in values.items() if v is not None and finite(v)})
-        rounds = sorted(set.intersection(*(set(seen) for seen in seeds)))
+    for method, read_seeds in _by_seed(runs, read).items():
+        whole = [seen for seen in read_seeds if not _diverged(seen)]
+        seeds = [{t: v for t, v in seen.items() if finite(v)} for seen in whole or read_seeds]
+        seeds = [seen for seen in seeds if seen]
+        rounds = sorted(set.intersection(*(set(seen) for seen in seeds))) if seeds else []
         if rounds:
             matrix = np.array([[seen[t] for t in rounds] for seen in seeds], dtype=np.float64)
             series[method] = (np.array(rounds, dtype=np.float64), matrix)
     return series
+
+
+def _by_seed(
+    runs: Sequence[Run], read: Callable[[RoundPoint], float | None]
+) -> dict[str, list[dict[int, float]]]:
+    """Values by method, seed and round."""
+    found: dict[str, list[dict[int, float]]] = {method: [] for method in _methods(runs)}
+    for run in runs:
+        values = {point.round: read(point) for point in run.log}
+        found[run.method].append({t: v for t, v in values.items() if v is not None})
+    return found
+
+
+def _diverged(seen: Mapping[int, float]) -> bool:
+    """Whether the last of a seed's values by round is not finite."""
+    return bool(seen) and not finite(seen[max(seen)])
+
+
+def _say_diverged(
+    figure: Figure, runs: Sequence[Run], read: Callable[[RoundPoint], float | None]
+) -> None:
+    """Name the methods that diverged, under the axes: their lines are not over all seeds."""
+    said = []
+    for method, seeds in _by_seed(runs, read).items():
+        n = sum(map(_diverged, seeds))
+        said += [f"{short_name(method)} {n} of {len(seeds)}"] if n else []
+    if said:
+        text = "seeds that diverged: " + ", ".join(said[:3]) + (", …" if len(said) > 3 else "")
+        figure.text(0.985, 0.015, text, ha="right", fontsize=7.5)
 
 
 def _round_axes(label: str, methods: Sequence[str]) -> tuple[Figure, Axes]:

@@ -118,7 +118,7 @@ def to_csv(table: Table) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(
-        ["metric", "model", "at", "setting", "method", "seeds", "mean", "std", "best",
+        ["metric", "model", "at", "setting", "method", "seeds", "diverged", "mean", "std", "best",
          "not_significantly_worse", "shown_not_worse", "behind_best", "behind_low", "behind_high",
          "p_corrected"]
     )  # fmt: skip
@@ -128,9 +128,9 @@ def to_csv(table: Table) -> str:
             gap = entry.behind
             behind = (None, None, None) if gap is None else (gap.mean, gap.low, gap.high)
             rows.writerow(
-                [table.metric, table.model, table.at, setting, method, entry.n, entry.mean,
-                 entry.std, int(entry.best), int(entry.best or entry.tied), int(entry.near),
-                 *behind, entry.p]
+                [table.metric, table.model, table.at, setting, method, entry.n, entry.diverged,
+                 entry.mean if finite(entry.mean) else None, entry.std, int(entry.best),
+                 int(entry.best or entry.tied), int(entry.near), *behind, entry.p]
             )  # fmt: skip
     return text.getvalue()
 
@@ -181,4 +181,4 @@ def _latex_cell(table: Table, entry: Entry) -> str:
 def _latex_regret(regret: Regret) -> str:
     if regret.largest is None:
         return "--"
-    return f"{regret.largest:.3f}" + (" (incomplete)" if regret.missing else "")
+    return value_text("accuracy", regret.largest) + (" (incomplete)" if regret.missing else "")

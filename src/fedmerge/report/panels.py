@@ -186,6 +186,7 @@ def cell(table: Table, method: str, setting: str) -> dict[str, Any]:
     entry = table.entries[method, setting]
     value, _, std = entry_text(table.metric, entry).partition(" ± ")
     gap = entry.behind.mean if entry.behind is not None and finite(entry.behind.mean) else 0.0
+    gap = float("inf") if entry.diverged and METRICS[table.metric].better else gap
     return {
         "value": value,
         "std": std,
@@ -203,6 +204,8 @@ def some(table: Table) -> bool:
 def _behind(entry: Entry) -> str:
     """What a method loses to the best, with its interval and p."""
     gap = entry.behind
+    if entry.diverged:
+        return "diverged"
     if gap is None or not finite(gap.mean):
         return "–"
     text = f"{gap.mean:.3f}"

@@ -104,7 +104,8 @@ class Entry:
     significantly worse. near: shown to lose less than `MARGIN` to the best. p: of the paired test
     against the best, corrected for the tests of the setting, None where there was none. behind:
     what it loses to the best, by seed; None for the best itself. shared: number of seeds that this
-    method and the best both have.
+    method and the best both have. diverged: number of seeds whose value is not finite; with any,
+    the mean is NaN and the method comes after all that have one.
     """
 
     mean: float | None
@@ -116,6 +117,12 @@ class Entry:
     p: float | None = None
     behind: Interval | None = None
     shared: int = 0
+    diverged: int = 0
+
+    @property
+    def divergence(self) -> str:
+        """On how many seeds it diverged, in words."""
+        return f"diverged on {self.diverged} of {self.n} seed{'' if self.n == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -210,6 +217,7 @@ def _column(column: Mapping[str, Mapping[int, float]], better: int) -> dict[str,
             p,
             behind.get(name),
             shared,
+            sum(not finite(value) for value in numbers),
         )
     return entries
 

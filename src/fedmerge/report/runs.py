@@ -24,6 +24,7 @@ COSTS = ("down", "up", "client", "server", "server_per_client", "passes")
 class Scores:
     """One evaluated model over the clients' test data; accuracy is None for regression.
 
+    loss: NaN where the model has diverged.
     better_than_local, better_than_fedavg: share of clients that fare strictly better than under
     that method; None where it was not run.
     """
@@ -59,7 +60,10 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class RoundPoint:
-    """One round of the log: mean test accuracy and loss by model (empty if not evaluated)."""
+    """One round of the log: mean test accuracy and loss by model (empty if not evaluated).
+
+    A loss is NaN where the model has diverged.
+    """
 
     round: int
     accuracy: Mapping[str, float]

@@ -80,6 +80,8 @@ def value_text(metric: str, value: float | None) -> str:
 def entry_text(metric: str, entry: Entry) -> str:
     """Return "mean ± std" of an entry, without its mark; a lone seed has no ± part."""
     text = value_text(metric, entry.mean)
+    if entry.diverged:
+        return entry.divergence
     if entry.std is None or (metric.startswith("bytes") and entry.std == 0):
         return text
     return f"{text} ± {value_text(metric, entry.std)}"
