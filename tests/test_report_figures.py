@@ -104,7 +104,9 @@ def test_curves_of_a_regression_show_the_loss(runs: list[Run]) -> None:
     plain = [
         replace(run, log=tuple(replace(point, accuracy={}) for point in run.log)) for run in runs
     ]
-    assert "mean test loss of the merged model, nats" in texts(figures.learning_curves(plain))
+    assert "mean test loss of the merged model, squared error" in texts(
+        figures.learning_curves(plain)
+    )
 
 
 def test_nothing_logged_is_said(runs: list[Run]) -> None:

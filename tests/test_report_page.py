@@ -185,10 +185,9 @@ def test_one_method_one_setting_one_seed_make_a_page(tmp_path: Path) -> None:
     assert "FedMerge is not among these runs, which hold only local." in page.words
 
 
-def test_a_regression_makes_a_page_about_loss(tmp_path: Path) -> None:
-    for method in ("fedmerge", "fedavg"):
-        write_run(tmp_path, "domain", method, 0, 2, clients=6)
-    for path in tmp_path.glob("runs/*/result.json"):
+def make_regression(folder: Path) -> None:
+    """Take the accuracies from the runs of a folder."""
+    for path in folder.glob("runs/*/result.json"):
         result = json.loads(path.read_text())
         for scores in [*result["models"].values(), *result["best"]["models"].values()]:
             scores |= {"accuracy": None, "accuracy_std": None, "accuracy_worst_decile": None}
@@ -202,6 +201,12 @@ def test_a_regression_makes_a_page_about_loss(tmp_path: Path) -> None:
                 for summary in splits.values():
                     summary["accuracy"] = None
         (path.parent / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+
+
+def test_a_regression_makes_a_page_about_loss(tmp_path: Path) -> None:
+    for method in ("fedmerge", "fedavg"):
+        write_run(tmp_path, "domain", method, 0, 2, clients=6)
+    make_regression(tmp_path)
     joined = " ".join(Page(write_report(tmp_path).read_text()).words)
     assert "Test loss, merged model" in joined
     assert "Test accuracy" not in joined
@@ -288,3 +293,30 @@ def test_methods_that_diverged_are_said() -> None:
     assert rows["fedavg"]["cells"][0]["shade"] == 100
     assert rows["fedavg"]["head"][:3] == ["2.0", "diverged", "diverged"]
     assert [row["behind"] for row in content["panels"][0]["rows"]] == ["–", "diverged"]
+
+
+def test_a_regression_is_told_in_squared_error_and_its_clients_gain(tmp_path: Path) -> None:
+    for method in ("fedmerge", "fedavg"):
+        write_run(tmp_path, "domain", method, 0, 2, clients=6)
+    make_regression(tmp_path)
+    (path,) = tmp_path.glob("runs/*fedavg*/result.json")
+    result = json.loads(path.read_text())
+    for client, loss in zip(result["clients"], (0.5, 0.2, 0.3, None, 0.3, 0.3), strict=True):
+        client["loss"]["merged"] = loss  # ours is 0.3
+    path.write_text(json.dumps(result))
+    text = write_report(tmp_path).read_text()
+    page = " ".join(Page(text).words)
+    assert "squared error (root scale)" in page
+    assert "test gap, squared error" in page
+    assert "by how much its validation loss (squared error) rises" in page
+    assert re.findall(r'<text class="gain-1[^>]*>(.)</text>', text) == [
+        "+",
+        "−",
+        "=",
+        "?",
+        "=",
+        "=",
+    ]
+    assert "not known: a model diverged" in page
+    (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
+    assert data["unit"] == "squared error"

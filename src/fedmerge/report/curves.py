@@ -25,6 +25,7 @@ from fedmerge.report.drawing import (
     spread,
     symlog,
 )
+from fedmerge.report.overall import loss_unit
 from fedmerge.report.ranking import unique
 from fedmerge.report.runs import RoundPoint, Run, finite
 
@@ -61,7 +62,7 @@ def learning_curves(
         )
         _lines(axes, _by_method(runs, read), styles or method_styles(_methods(runs)), focus)
         _say_diverged(figure, runs, read)
-        axes.set_title(f"mean {what}" + (", nats" if metric == "loss" else ""), pad=10)
+        axes.set_title(f"mean {what}" + (", squared error" if metric == "loss" else ""), pad=10)
         return figure
 
 
@@ -71,9 +72,10 @@ def gap_over_rounds(
     styles: Styles | None = None,
     focus: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the local-global gap in nats by round, a line for each method; the band spans seeds.
+    """Draw the local-global gap by round, a line for each method; the band spans seeds.
 
-    The axis turns symmetric-logarithmic when the gaps differ by more than a factor of 20.
+    It is in the unit of the loss. The axis turns symmetric-logarithmic when the gaps differ by more
+    than a factor of 20.
     """
 
     def read(point: RoundPoint) -> float | None:
@@ -94,7 +96,8 @@ def gap_over_rounds(
             wide = False
         _lines(axes, series, styles or method_styles(_methods(runs)), focus)
         _say_diverged(figure, runs, read)
-        axes.set_title(f"{split} gap, nats" + (" (log scale)" if wide else ""), pad=10)
+        unit = loss_unit("accuracy" if any(p.accuracy for run in runs for p in run.log) else "loss")
+        axes.set_title(f"{split} gap, {unit}" + (" (log scale)" if wide else ""), pad=10)
         return figure
 
 

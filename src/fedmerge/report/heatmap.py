@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedmerge.errors import ConfigError
 from fedmerge.report.drawing import FILLS, INK, PALETTE, drawing, inches, new_figure
+from fedmerge.report.overall import loss_unit, metric_of
 from fedmerge.report.runs import ClientResult, Run
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def weights_heatmap(run: Run, part: Shown | None = None) -> Figure:
 
 
 def importance_map(run: Run, part: Shown | None = None) -> Figure:
-    """Draw what each client loses when one global model is taken out of its mix, nats.
+    """Draw by how much each client's loss rises when one global model is taken out of its mix.
 
     The rows are those of `weights_heatmap`. Purple cells, of the opposite sign, are models without
     which the client would do better. Raises ConfigError if the run has no such numbers.
@@ -147,8 +148,12 @@ def importance_map(run: Run, part: Shown | None = None) -> Figure:
         _name_rows(axes, clients)
         strip = figure.add_axes((left - 0.03, bottom, 0.022, top - bottom))
         kind_strip(strip, [client.kind for client in clients])
-        _scale_bar(figure, scale, left, right, tall, "green", "nats (root scale)")
-        figure.text(0.012, 1 - 0.17 / tall, "what is lost without a model, column = global model")
+        _scale_bar(
+            figure, scale, left, right, tall, "green", f"{loss_unit(metric_of([run]))} (root scale)"
+        )
+        figure.text(
+            0.012, 1 - 0.17 / tall, "rise of the loss without a model, column = global model"
+        )
         return figure
 
 

@@ -188,6 +188,11 @@ def metric_of(runs: Sequence[Run]) -> str:
     return "accuracy" if any(read(run, "merged", "last") is not None for run in runs) else "loss"
 
 
+def loss_unit(metric: str) -> str:
+    """Unit of the loss where `metric` decides: a setting without accuracy is a regression."""
+    return "nats" if metric == "accuracy" else "squared error"
+
+
 def overviews(runs: Sequence[Run], model: str = "merged", at: str = "last") -> list[Table]:
     """Return the table of accuracy and, where a setting has none, that of the loss."""
     of_column: dict[str, list[Run]] = {}

@@ -146,7 +146,7 @@
           row.map((_, i) => `${i + 1}`), "ours", share));
       });
       if (client.worth.length) {
-        card.append(bars("worth of each model, nats", client.worth.map((w) => (w ?? 0) / 1000),
+        card.append(bars(`worth of each model, ${data.unit}`, client.worth.map((w) => (w ?? 0) / 1000),
           client.worth.map((_, i) => `${i + 1}`), "worth", (w) => minus(w.toFixed(3))));
       }
       card.append(scores(client, data));

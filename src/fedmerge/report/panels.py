@@ -12,7 +12,7 @@ from typing import Any
 from fedmerge.report import clients as of_clients
 from fedmerge.report import figures
 from fedmerge.report.drawing import PALETTE, Style
-from fedmerge.report.overall import Duel, metric_of
+from fedmerge.report.overall import Duel, loss_unit, metric_of
 from fedmerge.report.ranking import METRICS, Entry, Table, comparison, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
 from fedmerge.report.tables import entry_text, mark, value_text
@@ -65,6 +65,7 @@ def panel(
     return {
         "name": name,
         "metric": metric,
+        "unit": loss_unit(metric),
         "columns": [heading for heading, _ in tables],
         "rows": [
             {
