@@ -100,6 +100,13 @@ def test_curves_use_only_rounds_that_every_seed_has(runs: list[Run]) -> None:
     assert max(np.asarray(line.get_xdata())) == 6
 
 
+def test_one_round_has_one_whole_number_under_it(runs: list[Run]) -> None:
+    one = [replace(run, log=run.log[:2]) for run in runs]
+    axes = figures.learning_curves(one).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2.0]
+
+
 def test_curves_of_a_regression_show_the_loss(runs: list[Run]) -> None:
     plain = [
         replace(run, log=tuple(replace(point, accuracy={}) for point in run.log)) for run in runs

@@ -19,10 +19,11 @@ import pytest
 
 from fedmerge.errors import MissingExtraError, StateError
 from fedmerge.report import write_report
-from fedmerge.report.about import notices
+from fedmerge.report.about import configuration, notices
 from fedmerge.report.page import page_content
 from fedmerge.report.panels import focused
 from fedmerge.report.reading import load_history, load_runs
+from fedmerge.report.tables import value_text
 from report_fixture import METHODS, SETTINGS, write_folder, write_run
 from test_report_tables import make
 
@@ -320,3 +321,61 @@ def test_a_regression_is_told_in_squared_error_and_its_clients_gain(tmp_path: Pa
     assert "not known: a model diverged" in page
     (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
     assert data["unit"] == "squared error"
+
+
+def test_a_lone_method_is_not_ranked(tmp_path: Path) -> None:
+    write_folder(tmp_path, settings=("domain",), methods=("fedavg",), seeds=(0,), rounds=1)
+    content = page_content(load_runs(tmp_path), ())
+    (table,) = content["views"][0]["tables"]
+    assert (table["whole"], table["rows"][0]["head"]) == (False, [])
+    assert [cell["mark"] for cell in table["rows"][0]["cells"]] == [""]
+    assert "there is no other method" in table["note"]
+    text = write_report(tmp_path).read_text()
+    assert "The darker a cell" not in text
+    assert 'class="best"' not in text
+    assert "In domain, fedavg had a merged-model accuracy of" in text
+    (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
+    assert data["ours"] == ""  # nobody is drawn as FedMerge is
+
+
+def test_costs_stand_once_for_themselves(folder: Path) -> None:
+    views = page_content(load_runs(folder), ())["views"]
+    assert [view["name"] for view in views if view["costs"]] == ["cost"]
+    rows = {row["method"]: row["values"] for row in views[-1]["costs"]["rows"]}
+    assert rows["ifca-warm"] == ["4", "1", "0", "4", "0", "1"]
+    assert all(len(row["head"]) in (0, 3) for v in views for t in v["tables"] for row in t["rows"])
+
+
+def test_another_variant_is_explained_and_the_subject_named(variants: Path) -> None:
+    words = " ".join(Page(write_report(variants).read_text()).words)
+    assert "Where fedmerge did not have the best mean (1)" in words
+    assert (
+        "fedmerge is FedMerge with its usual settings; the sentences are about it. "
+        "fedmerge:rule=paper is FedMerge with rule=paper; it counts as another method." in words
+    )
+
+
+def test_what_was_run_says_where_a_value_holds(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path, settings=("domain",), methods=("fedavg", "local"), seeds=(0,), rounds=2,
+        data=("digits", "heart"),
+    )  # fmt: skip
+    for path in tmp_path.glob("runs/*/config.json"):
+        config = json.loads(path.read_text())
+        config["training"]["lr"] = 0.3 if config["data"] == "heart" else 0.1
+        config["hidden"] = 8 if config["method"] == "local" else 32
+        config["threads"] = f"{config['data']} {config['method']}"
+        path.write_text(json.dumps(config | {"chosen": "lr=0.5"}))
+    told = dict(configuration(load_runs(tmp_path)))
+    assert told["training.lr"] == "0.1 (digits); 0.3 (heart)"
+    assert told["hidden"] == "32 (fedavg); 8 (local)"
+    assert told["threads"].endswith("heart local; it differs within a setting")
+    assert told["training.epochs"] == "2"
+    assert "chosen" not in told
+
+
+def test_intervals_are_told_from_corrected_p_and_zero_has_no_sign(text: str) -> None:
+    assert "behind the best (95% interval), corrected p" in text
+    assert "so an interval without 0 can stand beside a p above 0.05" in text
+    assert value_text("accuracy", -0.0004) == "0.000"
+    assert value_text("accuracy", -0.0006) == "−0.001"

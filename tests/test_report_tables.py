@@ -195,6 +195,8 @@ def test_the_note_says_the_test_and_its_limits() -> None:
     one = comparison(make({"s": {"a": [0.1], "b": [0.2]}})).note
     assert "One seed allows no test" in one
     assert "~" not in one
+    mixed = comparison(make({"s": {"a": [0.1], "b": [0.2, 0.3]}})).note
+    assert "Where a method has one seed alone, its difference" in mixed
     ten = comparison(make({"s": {"a": [0.1] * 10, "b": [0.2] * 10}})).note
     assert "hardly" not in ten
 

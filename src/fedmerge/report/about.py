@@ -13,7 +13,8 @@ from fedmerge.report.overall import overviews
 from fedmerge.report.ranking import unique
 from fedmerge.report.runs import Run
 
-_OF_THE_CELL = frozenset({"setting", "method", "seed", "out", "data", "name"})
+# "chosen" are the values that tuning found; they stand with each setting.
+_OF_THE_CELL = frozenset({"setting", "method", "seed", "out", "data", "name", "chosen"})
 
 
 def facts(runs: Sequence[Run]) -> list[str]:
@@ -72,14 +73,14 @@ def notices(runs: Sequence[Run], open_runs: Sequence[str]) -> list[str]:
 
 
 def configuration(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(name, value) of what was run; a value that differs between runs is given as a list."""
+    """(name, value) of what was run; a value that differs between runs says where it holds."""
     rows = [
         ("data", ", ".join(unique(run.data for run in runs))),
         ("settings", ", ".join(unique(run.column for run in runs))),
         ("methods", ", ".join(unique(run.method for run in runs))),
         ("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))),
-        ("rounds", _list(sorted({run.rounds for run in runs}))),
-        ("clients", _list(sorted({len(run.clients) for run in runs}))),
+        ("rounds", _where([(run, str(run.rounds)) for run in runs])),
+        ("clients", _where([(run, str(len(run.clients))) for run in runs])),
     ]
     for split in ("train", "validation", "test"):
         sizes = [getattr(c, f"n_{split}") for run in runs for c in run.clients]
@@ -87,12 +88,28 @@ def configuration(runs: Sequence[Run]) -> list[tuple[str, str]]:
             span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
             rows.append((f"{split} examples of a client", span))
     named = {name for name, _ in rows}
-    seen: dict[str, dict[str, None]] = {}
+    seen: dict[str, list[tuple[Run, str]]] = {}
     for run in runs:
         for key, value in _flat(run.config):
             if key.split(".")[0] not in _OF_THE_CELL and key not in named:
-                seen.setdefault(key, {})[value] = None
-    return rows + [(key, _list(list(values))) for key, values in seen.items()]
+                seen.setdefault(key, []).append((run, value))
+    return rows + [(key, _where(values)) for key, values in seen.items()]
+
+
+def _where(values: Sequence[tuple[Run, str]]) -> str:
+    """A value, or each value with what it holds for: data sets, else settings, else methods."""
+    if len({value for _, value in values}) == 1:
+        return values[0][1]
+    for name in ("data", "column", "method"):
+        held: dict[str, set[str]] = {}
+        for run, value in values:
+            held.setdefault(getattr(run, name), set()).add(value)
+        if all(len(found) == 1 for found in held.values()):
+            places: dict[str, list[str]] = {}
+            for place, (value,) in held.items():
+                places.setdefault(value, []).append(place)
+            return "; ".join(f"{value} ({_list(place)})" for value, place in places.items())
+    return f"{_list(list(unique(value for _, value in values)))}; it differs within a setting"
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

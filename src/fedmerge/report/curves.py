@@ -216,4 +216,4 @@ def _lines(
 def _whole_numbers() -> Locator:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(nbins=6, integer=True)
+    return MaxNLocator(nbins=6, integer=True, min_n_ticks=1)

@@ -19,7 +19,8 @@ class Findings:
 
     headline: what was won, what was lost, and whether the seeds are enough to tell. not_won: one
     sentence for each setting where another method had the better mean. by_setting: one sentence for
-    each setting. caveat: the test and its limits. name: of what the sentences are about.
+    each setting. caveat: the test and its limits. name: of what the sentences are about. variants:
+    what the other FedMerge variants are, empty if there are none.
     """
 
     headline: str
@@ -27,6 +28,7 @@ class Findings:
     by_setting: Mapping[str, str]
     caveat: str
     name: str = "FedMerge"
+    variants: str = ""
 
 
 def findings(runs: Sequence[Run]) -> Findings:
@@ -71,7 +73,18 @@ def findings(runs: Sequence[Run]) -> Findings:
         by_setting={s: said[s] for s in settings},
         caveat=caveat,
         name=name,
+        variants=" ".join(_variant(one, subject) for one in variants if len(variants) > 1),
     )
+
+
+def _variant(method: str, subject: str) -> str:
+    """What a variant's name stands for, and how it is counted."""
+    _, _, options = method.partition(":")
+    what = f"with {options.replace(',', ', ')}" if options else "with its usual settings"
+    if "-" in method.partition(":")[0]:
+        what = "in another form"
+    role = "the sentences are about it" if method == subject else "it counts as another method"
+    return f"{method} is FedMerge {what}; {role}."
 
 
 def _accuracy(run: Run) -> float | None:
@@ -233,10 +246,10 @@ def _without_fedmerge(table: Table) -> str:
         best = table.best(setting)
         if best is not None:
             led.setdefault(best, []).append(setting)
-    if not led:
-        return "FedMerge is not among these runs."
     if len(table.methods) == 1:
         return f"FedMerge is not among these runs, which hold only {table.methods[0]}."
+    if not led:
+        return "FedMerge is not among these runs."
     parts = [f"{method} in {_list(settings)}" for method, settings in led.items()]
     return (
         f"FedMerge is not among these runs; the best {_number(table)} was that of {_list(parts)}."
@@ -245,6 +258,9 @@ def _without_fedmerge(table: Table) -> str:
 
 def _leader(table: Table, setting: str) -> str:
     best = table.best(setting)
+    if len(table.methods) == 1 and _has(table, table.methods[0], setting):
+        value = _format(_mean(table, table.methods[0], setting))
+        return f"In {setting}, {table.methods[0]} had a {_number(table)} of {value}."
     if best is None:
         return f"In {setting}, no method has a finite {_number(table)}."
     value = _format(_mean(table, best, setting))

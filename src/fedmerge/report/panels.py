@@ -209,12 +209,11 @@ def _behind(entry: Entry) -> str:
         return "diverged"
     if gap is None or not finite(gap.mean):
         return "–"
-    text = f"{gap.mean:.3f}"
-    if gap.low is not None and gap.high is not None:
-        text += f" ({gap.low:.3f} to {gap.high:.3f})"
+    mean, low, high = (value_text("accuracy", value) for value in (gap.mean, gap.low, gap.high))
+    text = mean if gap.low is None else f"{mean} ({low} to {high})"
     if entry.p is not None:
         text += f", p {entry.p:.3f}" if entry.p >= 0.001 else ", p < 0.001"
-    return text.replace("-", "−")
+    return text
 
 
 def _chosen(runs: Sequence[Run]) -> str:

@@ -74,7 +74,8 @@ def value_text(metric: str, value: float | None) -> str:
         return "diverged"
     if metric.startswith("bytes"):
         return size_text(value)
-    return f"{value:.{METRICS[metric].digits}f}".replace("-", "−")
+    text = f"{value:.{METRICS[metric].digits}f}"
+    return text.replace("-", "−" if float(text) else "")
 
 
 def entry_text(metric: str, entry: Entry) -> str:
