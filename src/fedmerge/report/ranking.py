@@ -265,6 +265,7 @@ def _note(spec: Metric, entries: Iterable[Entry], methods: int) -> str:
     if not spec.better:
         return text + " Nothing is marked here: this is a cost or a diagnostic, not a score."
     if methods == 1:
+        text = f"Values of {seeds} {plural}." if counts == [1] else text
         return text + " Nothing is marked here: there is no other method."
     if counts == [1]:
         return (
