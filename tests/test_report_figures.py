@@ -446,6 +446,18 @@ def test_a_method_that_diverged_is_drawn_over_the_seeds_it_has_and_named(runs: l
     assert drawn(figure, "fedavg")[0] == [2, 4]
     figure = figures.learning_curves([diverged(plain[0], 6), diverged(plain[1], 0)])
     assert drawn(figure, "fedavg")[0] == [2, 4, 6]
+    # What goes through the roof before it is lost must not press all others flat.
+    calm = [replace(run, method="calm") for run in plain]
+    rising = [diverged(run, 8) for run in plain]
+    rising = [
+        replace(
+            run,
+            log=tuple(replace(p, loss={"merged": 1e5}) if p.round == 8 else p for p in run.log),
+        )
+        for run in rising
+    ]
+    assert drawn(figures.learning_curves(rising), "fedavg")[0] == [2, 4, 6, 8]
+    assert drawn(figures.learning_curves([*rising, *calm]), "fedavg")[0] == [2, 4, 6]
     figure = figures.gap_over_rounds([plain[0], diverged(plain[1], 4)])
     assert drawn(figure, "fedavg")[0] == [2, 4, 6, 8, 10, 12]
     assert "seeds that diverged: fedavg 1 of 2" in texts(figure)
@@ -461,3 +473,19 @@ def test_a_method_that_diverged_has_its_regret_at_the_edge(runs: list[Run]) -> N
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert names[-1] == "local"
     assert np.isfinite(figure.axes[0].get_xlim()).all()
+
+
+def test_the_methods_picture_says_who_diverged(runs: list[Run]) -> None:
+    first, second = of(runs, "ditto")
+    scores = replace(second.last.models["merged"], loss=np.nan)
+    lost = replace(second, last=replace(second.last, models={"merged": scores}))
+    assert "diverged on 1 of 2" in texts(figures.method_dots([first, lost], metric="loss"))
+    assert "diverged on 1 of 2" not in texts(figures.method_dots([first, second], metric="loss"))
+
+
+def test_few_clients_without_kinds_are_named_on_the_map() -> None:
+    point = {"x": 10.0, "y": 20.0, "name": "north", "letter": "", "colour": "var(--rule)"}
+    found = {"size": (520, 360), "kinds": [], "share": 0.5, "points": [point] * 16}
+    assert texts(figures.map_picture(found, "map")).count("north") == 16
+    found = {**found, "points": [point] * 17}
+    assert "north" not in texts(figures.map_picture(found, "map"))

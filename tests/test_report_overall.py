@@ -129,6 +129,12 @@ def test_a_method_with_less_regret_is_named() -> None:
     assert "; 2 methods with less: ditto 0.105, local 0.325." in text
 
 
+def test_a_list_that_is_cut_short_ends_once() -> None:
+    behind = {f"m{i}": [0.8, 0.8] for i in range(5)} | {"fedmerge": [0.1, 0.2]}
+    text = totals(make({"a": behind})).sentences[0]
+    assert text.endswith("m0 0.000, m1 0.000, m2 0.000, …")
+
+
 def test_shares_of_clients_are_means_over_settings_and_name_the_worst() -> None:
     runs = []
     for run in make(THREE):

@@ -294,6 +294,7 @@ def test_methods_that_diverged_are_said() -> None:
     assert rows["fedavg"]["cells"][0]["shade"] == 100
     assert rows["fedavg"]["head"][:3] == ["2.0", "diverged", "diverged"]
     assert [row["behind"] for row in content["panels"][0]["rows"]] == ["–", "diverged"]
+    assert content["panels"][0]["diverged"]
 
 
 def test_a_regression_is_told_in_squared_error_and_its_clients_gain(tmp_path: Path) -> None:

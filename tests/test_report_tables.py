@@ -188,6 +188,14 @@ def test_a_missing_pair_and_a_diverged_run_are_never_best() -> None:
     assert entry_text("accuracy", table.entries["fedmerge", "b"]) == "–"
 
 
+def test_a_run_that_diverged_has_no_gap_to_average() -> None:
+    values: Values = {"a": {"local": [None, None]}}
+    runs = make(values, {"a": {"local": [0.5, math.nan]}})
+    runs[1] = replace(runs[1], gap_test=None)
+    entry = comparison(runs, metric="gap_test").entries["local", "a"]
+    assert entry_text("gap_test", entry) == "diverged on 1 of 2 seeds"
+
+
 def test_the_note_says_the_test_and_its_limits() -> None:
     three = comparison(make({"s": {"a": [0.1] * 3, "b": [0.2] * 3}})).note
     assert "paired t-test" in three

@@ -111,18 +111,27 @@ def _by_method(
     """Values by method over the rounds that all of its seeds have, so that no mean jumps.
 
     Of a method that diverged on some seeds these are the other seeds; of one that diverged on all,
-    the rounds before. What `read` returns is None in a round that was not evaluated.
+    the rounds before, up to ten times the largest value of the methods that did not. What `read`
+    returns is None in a round that was not evaluated.
     """
     series: dict[str, Series] = {}
+    lost = []
     for method, read_seeds in _by_seed(runs, read).items():
         whole = [seen for seen in read_seeds if not _diverged(seen)]
+        lost += [] if whole else [method]
         seeds = [{t: v for t, v in seen.items() if finite(v)} for seen in whole or read_seeds]
         seeds = [seen for seen in seeds if seen]
         rounds = sorted(set.intersection(*(set(seen) for seen in seeds))) if seeds else []
         if rounds:
             matrix = np.array([[seen[t] for t in rounds] for seen in seeds], dtype=np.float64)
             series[method] = (np.array(rounds, dtype=np.float64), matrix)
-    return series
+    calm = [np.abs(values).max() for method, (_, values) in series.items() if method not in lost]
+    for method in series.keys() & lost if calm else ():
+        rounds_, values = series[method]
+        wild = (np.abs(values) > 10 * max(calm)).any(0)
+        n = int(wild.argmax()) if wild.any() else len(wild)
+        series[method] = (rounds_[:n], values[:, :n])
+    return {method: pair for method, pair in series.items() if len(pair[0])}
 
 
 def _by_seed(
@@ -151,7 +160,8 @@ def _say_diverged(
         said += [f"{short_name(method)} {n} of {len(seeds)}"] if n else []
     if said:
         text = "seeds that diverged: " + ", ".join(said[:3]) + (", …" if len(said) > 3 else "")
-        figure.text(0.985, 0.015, text, ha="right", fontsize=7.5)
+        figure.axes[0].set_xlabel("round", loc="left")
+        figure.text(0.985, 0.03, text, ha="right", fontsize=7.5)
 
 
 def _round_axes(label: str, methods: Sequence[str]) -> tuple[Figure, Axes]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _UNKNOWN = "#d3d7dc"
 _COLUMNS = 3
+_NAMED = 16
+"""Clients that are named where no kinds tell them apart."""
 
 
 def map_picture(found: Mapping[str, Any], label: str) -> Figure:
@@ -34,6 +36,9 @@ def map_picture(found: Mapping[str, Any], label: str) -> Figure:
                       markeredgecolor=SURFACE, markeredgewidth=0.7)  # fmt: skip
             axes.text(point["x"], point["y"], point["letter"], ha="center", va="center_baseline",
                       fontsize=7, color="#23272e")  # fmt: skip
+            if not kinds and len(found["points"]) <= _NAMED:
+                axes.annotate(cut(point["name"], 18), (point["x"], point["y"]), (0, 8), ha="center",
+                              textcoords="offset points", fontsize=7)  # fmt: skip
         axes.set_xlim(0, wide)
         axes.set_ylim(high, 0)
         axes.set_xticks([])

@@ -77,6 +77,7 @@ def panel(
             for method in methods
         ],
         "tuned": any(run.chosen for run in runs),
+        "diverged": any(entry.diverged for entry in main.entries.values()),
         "focus": focus,
         "curves": figures.to_svg(figures.learning_curves(runs, styles=styles, focus=focus)),
         "gap": figures.to_svg(figures.gap_over_rounds(runs, styles=styles, focus=focus))

@@ -52,6 +52,18 @@ def _of_run(name: str) -> Read:
     return lambda run, model, at: getattr(run, name)
 
 
+def _gap(name: str) -> Read:
+    """A gap, NaN where there is none because the run diverged."""
+    loss = _of_model("loss")
+
+    def read(run: Run, model: str, at: str) -> float | None:
+        gap: float | None = getattr(run, name)
+        merged = loss(run, "merged", "last")
+        return merged if gap is None and merged is not None and not finite(merged) else gap
+
+    return read
+
+
 def _cost(name: str) -> Read:
     return lambda run, model, at: run.cost.get(name)
 
@@ -80,8 +92,8 @@ METRICS: Mapping[str, Metric] = {
     "better_than_fedavg": Metric(
         "share of clients better off than with FedAvg", 0, 2, True, _of_model("better_than_fedavg")
     ),
-    "gap_train": Metric("local-global gap, train", 0, 3, False, _of_run("gap_train")),
-    "gap_test": Metric("local-global gap, test", 0, 3, False, _of_run("gap_test")),
+    "gap_train": Metric("local-global gap, train", 0, 3, False, _gap("gap_train")),
+    "gap_test": Metric("local-global gap, test", 0, 3, False, _gap("gap_test")),
     "bytes_down": Metric("bytes to a client, a round", 0, 0, False, _of_run("bytes_down")),
     "bytes_up": Metric("bytes from a client, a round", 0, 0, False, _of_run("bytes_up")),
     "seconds": Metric("seconds for the run", 0, 1, False, _of_run("seconds")),

@@ -61,7 +61,8 @@ def totals(runs: Sequence[Run], model: str = "merged", at: str = "last") -> Tota
         _rank(name, subject, ranked, figures, sentences)
         _shares(name, [run for run in runs if run.method == subject], model, figures, sentences)
         _duels(name, fought, sentences)
-    return Totals(subject, tables, lost, ranked, fought, tuple(figures), tuple(sentences))
+    said = tuple(sentence.replace("….", "…") for sentence in sentences)
+    return Totals(subject, tables, lost, ranked, fought, tuple(figures), said)
 
 
 def _regret(
