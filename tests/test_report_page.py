@@ -367,8 +367,14 @@ def test_what_was_run_says_where_a_value_holds(tmp_path: Path) -> None:
         config["hidden"] = 8 if config["method"] == "local" else 32
         config["threads"] = f"{config['data']} {config['method']}"
         path.write_text(json.dumps(config | {"chosen": "lr=0.5"}))
+    for path in tmp_path.glob("runs/heart*/result.json"):
+        result = json.loads(path.read_text())
+        result["clients"][0]["n_train"] = 12
+        path.write_text(json.dumps(result))
+    (tmp_path / "results.jsonl").unlink()
     told = dict(configuration(load_runs(tmp_path)))
     assert told["training.lr"] == "0.1 (digits); 0.3 (heart)"
+    assert told["train examples of a client"] == "28 (digits); 12 to 28 (heart)"
     assert told["hidden"] == "32 (fedavg); 8 (local)"
     assert told["threads"].endswith("heart local; it differs within a setting")
     assert told["training.epochs"] == "2"

@@ -83,10 +83,12 @@ def configuration(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("clients", _where([(run, str(len(run.clients))) for run in runs])),
     ]
     for split in ("train", "validation", "test"):
-        sizes = [getattr(c, f"n_{split}") for run in runs for c in run.clients]
-        if sizes:
-            span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-            rows.append((f"{split} examples of a client", span))
+        sizes: dict[str, list[int]] = {}
+        for run in runs:
+            sizes.setdefault(run.data, []).extend(getattr(c, f"n_{split}") for c in run.clients)
+        held = [(run, _span(sizes[run.data])) for run in runs if sizes[run.data]]
+        if held:
+            rows.append((f"{split} examples of a client", _where(held)))
     named = {name for name, _ in rows}
     seen: dict[str, list[tuple[Run, str]]] = {}
     for run in runs:
@@ -94,6 +96,11 @@ def configuration(runs: Sequence[Run]) -> list[tuple[str, str]]:
             if key.split(".")[0] not in _OF_THE_CELL and key not in named:
                 seen.setdefault(key, []).append((run, value))
     return rows + [(key, _where(values)) for key, values in seen.items()]
+
+
+def _span(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _where(values: Sequence[tuple[Run, str]]) -> str:
