@@ -162,11 +162,20 @@ def test_curves_use_only_rounds_that_every_seed_has(runs: list[Run]) -> None:
     assert max(np.asarray(line.get_xdata())) == 6
 
 
+def test_one_round_has_one_whole_number_under_it(runs: list[Run]) -> None:
+    one = [replace(run, log=run.log[:2]) for run in runs]
+    axes = figures.learning_curves(one).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2.0]
+
+
 def test_curves_of_a_regression_show_the_loss(runs: list[Run]) -> None:
     plain = [
         replace(run, log=tuple(replace(point, accuracy={}) for point in run.log)) for run in runs
     ]
-    assert "mean test loss of the merged model, nats" in texts(figures.learning_curves(plain))
+    assert "mean test loss of the merged model, squared error" in texts(
+        figures.learning_curves(plain)
+    )
 
 
 def test_nothing_logged_is_said(runs: list[Run]) -> None:
@@ -567,3 +576,76 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"fedmerge\[report\]"):
         figures.learning_curves(runs)
+
+
+def diverged(run: Run, after: int) -> Run:
+    """The run with losses and gaps that are not finite after a round."""
+    log = tuple(
+        replace(p, loss=dict.fromkeys(p.loss, np.nan), gap_test=None) if p.round > after else p
+        for p in run.log
+    )
+    return replace(run, log=log)
+
+
+def drawn(figure: Any, method: str) -> Any:
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == method]
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata(), dtype=float)
+
+
+def test_a_method_that_diverged_is_drawn_over_the_seeds_it_has_and_named(runs: list[Run]) -> None:
+    plain = [
+        replace(run, log=tuple(replace(p, accuracy={}) for p in run.log))
+        for run in of(runs, "fedavg")
+    ]
+    figure = figures.learning_curves([plain[0], diverged(plain[1], 4)])
+    rounds, values = drawn(figure, "fedavg")
+    assert rounds == [2, 4, 6, 8, 10, 12]
+    np.testing.assert_allclose(values, [p.loss["merged"] for p in plain[0].log if p.loss])
+    assert "seeds that diverged: fedavg 1 of 2" in texts(figure)
+    figure = figures.learning_curves([diverged(plain[0], 6), diverged(plain[1], 4)])
+    assert drawn(figure, "fedavg")[0] == [2, 4]
+    figure = figures.learning_curves([diverged(plain[0], 6), diverged(plain[1], 0)])
+    assert drawn(figure, "fedavg")[0] == [2, 4, 6]
+    # What goes through the roof before it is lost must not press all others flat.
+    calm = [replace(run, method="calm") for run in plain]
+    rising = [diverged(run, 8) for run in plain]
+    rising = [
+        replace(
+            run,
+            log=tuple(replace(p, loss={"merged": 1e5}) if p.round == 8 else p for p in run.log),
+        )
+        for run in rising
+    ]
+    assert drawn(figures.learning_curves(rising), "fedavg")[0] == [2, 4, 6, 8]
+    assert drawn(figures.learning_curves([*rising, *calm]), "fedavg")[0] == [2, 4, 6]
+    figure = figures.gap_over_rounds([plain[0], diverged(plain[1], 4)])
+    assert drawn(figure, "fedavg")[0] == [2, 4, 6, 8, 10, 12]
+    assert "seeds that diverged: fedavg 1 of 2" in texts(figure)
+
+
+def test_a_method_that_diverged_has_its_regret_at_the_edge(runs: list[Run]) -> None:
+    lost = [
+        replace(regret, losses={"concept-mix": np.inf}) if regret.method == "local" else regret
+        for regret in regrets(overviews(runs)[0])
+    ]
+    figure = figures.regret_picture(lost, "accuracy", method_styles(METHODS))
+    assert "diverged in concept-mix" in texts(figure)
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names[-1] == "local"
+    assert np.isfinite(figure.axes[0].get_xlim()).all()
+
+
+def test_the_methods_picture_says_who_diverged(runs: list[Run]) -> None:
+    first, second = of(runs, "ditto")
+    scores = replace(second.last.models["merged"], loss=np.nan)
+    lost = replace(second, last=replace(second.last, models={"merged": scores}))
+    assert "diverged on 1 of 2" in texts(figures.method_dots([first, lost], metric="loss"))
+    assert "diverged on 1 of 2" not in texts(figures.method_dots([first, second], metric="loss"))
+
+
+def test_few_clients_without_kinds_are_named_on_the_map() -> None:
+    point = {"x": 10.0, "y": 20.0, "name": "north", "letter": "", "colour": "var(--rule)"}
+    found = {"size": (520, 360), "kinds": [], "share": 0.5, "points": [point] * 16}
+    assert texts(figures.map_picture(found, "map")).count("north") == 16
+    found = {**found, "points": [point] * 17}
+    assert "north" not in texts(figures.map_picture(found, "map"))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedmerge.report.drawing import FILLS
 from fedmerge.report.heatmap import Shown, families, sample, shown
+from fedmerge.report.overall import loss_unit
 from fedmerge.report.reading import load_history
 from fedmerge.report.runs import ClientResult, Run, finite
 
@@ -103,7 +104,8 @@ def client_map(
     """Return the points of the client map and what colours them; None without weights.
 
     most: how many clients; of more, an even sample, the same as in `cards`.
-    rivals: by name, the runs that a gain in accuracy is measured against (same seed).
+    rivals: by name, the runs that a gain is measured against (same seed): more accuracy, or less
+    loss in a regression.
     """
     points, share = plane(weights)
     chosen = sample(len(run.clients), most)
@@ -131,6 +133,7 @@ def client_map(
             for i, kind in enumerate(kinds)
         ],
         "gains": list(gains),
+        "unknown": any(value is None for gain in gains.values() for value in gain),
         "points": [
             {
                 "index": chosen[k],
@@ -172,13 +175,20 @@ def separated(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
 
 
 def _gains(ours: Sequence[ClientResult], theirs: Sequence[ClientResult]) -> list[float | None]:
-    values = {client.id: client.accuracy.get("merged") for client in theirs}
+    metric = _metric(ours)
+    sign = 1 if metric == "accuracy" else -1
+    values = {client.id: getattr(client, metric).get("merged") for client in theirs}
     gains: list[float | None] = []
     for client in ours:
-        mine, other = client.accuracy.get("merged"), values.get(client.id)
-        known = mine is not None and other is not None and finite(mine - other)
-        gains.append(mine - other if known and mine is not None and other is not None else None)
+        mine, other = getattr(client, metric).get("merged"), values.get(client.id)
+        gains.append(sign * (mine - other) if finite(mine) and finite(other) else None)
     return gains
+
+
+def _metric(clients: Sequence[ClientResult]) -> str:
+    """What clients are judged by: accuracy, or the loss where nobody has one."""
+    known = any(client.accuracy.get("merged") is not None for client in clients)
+    return "accuracy" if known else "loss"
 
 
 def _shade(gain: float | None, all_gains: Sequence[float | None]) -> dict[str, Any]:
@@ -203,9 +213,7 @@ def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[
     others: the runs of all methods with the same setting and seed. Accuracies (or losses of a
     regression) are in thousandths, a list in the order of `others`; weights in hundredths.
     """
-    metric = "accuracy" if any(c.accuracy.get("merged") is not None for c in subject.clients) else (
-        "loss"
-    )  # fmt: skip
+    metric = _metric(subject.clients)
     values = [
         {client.id: getattr(client, metric).get("merged") for client in run.clients}
         for run in others
@@ -214,6 +222,7 @@ def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[
     rows = None if subject.weights is None else np.round(subject.weights * 100).astype(int)
     return {
         "metric": metric,
+        "unit": loss_unit(metric),
         "blocks": list(subject.blocks or ()),
         "clients": [
             {

@@ -57,6 +57,11 @@ def method_dots(
             seen = [value for value in read if value is not None and finite(value)]
             style = looks[method]
             axes.axhline(row, color=INK, alpha=0.1, linewidth=0.6)
+            known = sum(value is not None for value in read)
+            if len(seen) < known:
+                said = f"diverged on {known - len(seen)} of {known}"
+                axes.text(1, row - 0.12, said, ha="right", va="bottom", fontsize=6,
+                          transform=axes.get_yaxis_transform())  # fmt: skip
             if seen:
                 span = [min(seen), max(seen)]
                 axes.plot(span, [row, row], color=style.colour, linewidth=1.2, alpha=0.55)

@@ -53,6 +53,7 @@ _DASHES: tuple[Any, ...] = (
 _RC: Mapping[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedmerge",
+    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
     "text.parse_math": False,  # a client may be called "$5"
     "font.family": ["sans-serif"],
     "font.size": 9.0,
@@ -340,7 +341,10 @@ def _page_font(match: re.Match[str]) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `figure` to a .png, .svg or .pdf file on a white ground, by the ending of `path`."""
+    """Write `figure` to a .png, .svg or .pdf file on a white ground, by the ending of `path`.
+
+    The file is as large as what is drawn, which may be more or less than the canvas.
+    """
     ending = path.suffix.lower()
     metadata: dict[str, Any] = {
         ".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {},
@@ -349,5 +353,6 @@ def save(figure: Figure, path: Path) -> None:
         raise ConfigError(f'path = "{path.name}": got ending "{ending}", wanted .png, .svg or .pdf')
     with drawing():
         figure.savefig(
-            path, format=ending[1:], dpi=200, facecolor="white", metadata=metadata[ending]
-        )
+            path, format=ending[1:], dpi=300, facecolor="white", metadata=metadata[ending],
+            bbox_inches="tight", pad_inches=0.03,
+        )  # fmt: skip

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedmerge.errors import ConfigError
 from fedmerge.report.drawing import FILLS, INK, PALETTE, drawing, inches, new_figure
+from fedmerge.report.overall import loss_unit, metric_of
 from fedmerge.report.runs import ClientResult, Run
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def weights_heatmap(run: Run, part: Shown | None = None) -> Figure:
 
 
 def importance_map(run: Run, part: Shown | None = None) -> Figure:
-    """Draw what each client loses when one global model is taken out of its mix, nats.
+    """Draw by how much each client's loss rises when one global model is taken out of its mix.
 
     The rows are those of `weights_heatmap`. Purple cells, of the opposite sign, are models without
     which the client would do better. Raises ConfigError if the run has no such numbers.
@@ -147,8 +148,10 @@ def importance_map(run: Run, part: Shown | None = None) -> Figure:
         _name_rows(axes, clients)
         strip = figure.add_axes((left - 0.03, bottom, 0.022, top - bottom))
         kind_strip(strip, [client.kind for client in clients])
-        _scale_bar(figure, scale, right, tall, "nats (root scale)", signed=True)
-        figure.text(0.012, 1 - 0.17 / tall, "what is lost without a model, column = global model")
+        unit = loss_unit(metric_of([run]))
+        _scale_bar(figure, scale, right, tall, f"{unit} (root scale)", signed=True)
+        what = "rise of the loss without a model, column = global model"
+        figure.text(0.012, 1 - 0.17 / tall, what)
         return figure
 
 

@@ -215,7 +215,7 @@
       });
       if (client.worth.length) {
         const worth = client.worth.map((w) => (w ?? 0) / 1000);
-        card.append(bars("worth of each model, nats", worth, numbers(worth), "worth",
+        card.append(bars(`worth of each model, ${data.unit}`, worth, numbers(worth), "worth",
           (w) => minus(w.toFixed(3)), Math.min(...worth, 0), Math.max(...worth, 0.001)));
       }
       card.append(scores(client, data));

@@ -13,7 +13,7 @@ from fedmerge.report import clients as of_clients
 from fedmerge.report import figures
 from fedmerge.report.curves import MANY_SEEDS
 from fedmerge.report.drawing import PALETTE, Style, apart
-from fedmerge.report.overall import Duel, metric_of
+from fedmerge.report.overall import Duel, loss_unit, metric_of
 from fedmerge.report.ranking import METRICS, Entry, Table, comparison, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
 from fedmerge.report.tables import entry_text, mark, value_text
@@ -42,11 +42,13 @@ def panel(
     name: str,
     runs: Sequence[Run],
     styles: Mapping[str, Style],
+    subject: str | None,
     duels: Sequence[Duel],
     room: float = 200_000,
 ) -> dict[str, Any]:
     """Return the content of one setting; pictures that cannot be drawn are None.
 
+    subject: the method that the whole page is about, even where another variant of it did better.
     room: bytes that its clients and their weights may take; of too many, a sample is shown.
     """
     metric = metric_of(runs)
@@ -54,12 +56,12 @@ def panel(
     tables = [(heading, comparison(runs, model, key, at)) for heading, key, model, at in _COLUMNS]
     tables = [(heading, table) for heading, table in tables if some(table)]
     methods = ordered(main, name)
-    ours = next((method for method in methods if is_fedmerge(method)), None)
+    ours = subject if subject in methods else None
     rivals = [method for method in methods if not is_fedmerge(method)]
     rival = "fedavg" if "fedavg" in rivals else rivals[0] if rivals else None
     mine = [run for run in runs if run.method == ours]
     theirs = [run for run in runs if run.method == rival]
-    focus = focused(methods)
+    focus = focused(methods, subject)
     styles = apart(styles, focus or methods)
     pairs = figures.client_pairs(mine, theirs)
     gaps = any(finite(point.gap_test) for run in runs for point in run.log)
@@ -67,6 +69,7 @@ def panel(
     return {
         "name": name,
         "metric": metric,
+        "unit": loss_unit(metric),
         "columns": [heading for heading, _ in tables],
         "rows": [
             {
@@ -78,6 +81,7 @@ def panel(
             for method in methods
         ],
         "tuned": any(run.chosen for run in runs),
+        "diverged": any(entry.diverged for entry in main.entries.values()),
         "focus": focus,
         "many_seeds": MANY_SEEDS,
         "curves": figures.to_svg(figures.learning_curves(runs, styles=styles, focus=focus)),
@@ -90,25 +94,29 @@ def panel(
         "scatter": figures.to_svg(figures.client_scatter(mine, theirs)) if pairs else None,
         "ours": ours,
         "rival": rival,
-        **_clients(runs, mine or runs, methods, styles, room),
+        **_clients(runs, ours, methods, styles, room),
     }
 
 
 def _clients(
     runs: Sequence[Run],
-    mine: Sequence[Run],
+    ours: str | None,
     methods: Sequence[str],
     styles: Mapping[str, Style],
     room: float,
 ) -> dict[str, Any]:
-    """The heat maps, the client map and the cards: of one seed, as clients differ between seeds."""
+    """The heat maps, the client map and the cards: of one seed, as clients differ between seeds.
+
+    ours: the method whose clients are shown, any if None.
+    """
+    mine = [run for run in runs if ours is None or run.method == ours]
     subject = next((run for run in mine if run.weights is not None and run.weights.size), mine[0])
     same = {run.method: run for run in runs if run.seed == subject.seed}
     shown = [method for method in methods if method in same]
     most = of_clients.most_clients(subject, len(shown), 0.75 * room)
     data: dict[str, Any] = {
         "methods": [{"name": name, "index": styles[name].index} for name in shown],
-        "ours": subject.method,
+        "ours": ours or "",
         **of_clients.cards(subject, [same[name] for name in shown], most),
     }
     content: dict[str, Any] = {"subject": subject, "heatmap": None, "worth": None, "map": None}
@@ -165,11 +173,15 @@ def ordered(table: Table, setting: str) -> list[str]:
     return sorted((m for m in table.methods if table.entries[m, setting].n), key=key)
 
 
-def focused(methods: Sequence[str]) -> list[str] | None:
-    """Return the methods to be drawn in colour, from `methods` with the best first; None: all."""
+def focused(methods: Sequence[str], subject: str | None) -> list[str] | None:
+    """Return the methods to be drawn in colour, from `methods` with the best first; None: all.
+
+    subject: the method that the page is about; it is among them wherever it stands.
+    """
     if len(methods) <= FOCUS + 3:
         return None
-    ours = [name for name in methods if is_fedmerge(name)][:2]
+    variants = [name for name in methods if is_fedmerge(name)]
+    ours = sorted(variants, key=lambda name: name != subject)[:2]
     return [*ours, *[name for name in methods if not is_fedmerge(name)][:FOCUS]]
 
 
@@ -193,6 +205,7 @@ def cell(table: Table, method: str, setting: str) -> dict[str, Any]:
     entry = table.entries[method, setting]
     value, _, std = entry_text(table.metric, entry).partition(" ± ")
     gap = entry.behind.mean if entry.behind is not None and finite(entry.behind.mean) else 0.0
+    gap = float("inf") if entry.diverged and METRICS[table.metric].better else gap
     return {
         "value": value,
         "std": std,
@@ -210,14 +223,15 @@ def some(table: Table) -> bool:
 def _behind(entry: Entry) -> str:
     """What a method loses to the best, with its interval and p."""
     gap = entry.behind
+    if entry.diverged:
+        return "diverged"
     if gap is None or not finite(gap.mean):
         return "–"
-    text = f"{gap.mean:.3f}"
-    if gap.low is not None and gap.high is not None:
-        text += f" ({gap.low:.3f} to {gap.high:.3f})"
+    mean, low, high = (value_text("accuracy", value) for value in (gap.mean, gap.low, gap.high))
+    text = mean if gap.low is None else f"{mean} ({low} to {high})"
     if entry.p is not None:
         text += f", p {entry.p:.3f}" if entry.p >= 0.001 else ", p < 0.001"
-    return text.replace("-", "−")
+    return text
 
 
 def _chosen(runs: Sequence[Run]) -> str:

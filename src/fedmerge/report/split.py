@@ -101,7 +101,7 @@ def _label_bars(
 
 def _label_key(figure: Figure, names: Sequence[str], y: float) -> None:
     figure.text(0.012, y, "label")
-    place = 0.075
+    place = 0.09
     for label, name in enumerate(names):
         figure.text(
             place, y, f" {cut(name, 10)} ", fontsize=7.5, color="#23272e",

@@ -22,7 +22,7 @@ from fedmerge.report.drawing import (
     short_name,
 )
 from fedmerge.report.overall import Ranking, Regret
-from fedmerge.report.runs import is_fedmerge
+from fedmerge.report.runs import finite, is_fedmerge
 from fedmerge.report.statistics import MARGIN, cliques
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
     )
     with drawing():
         figure, axes = _rows([regret.method for regret in rows], "regret of each method", styles)
-        top = max([regret.largest or 0.0 for regret in rows] + [MARGIN * 2])
+        known = [loss for regret in rows for loss in regret.losses.values() if finite(loss)]
+        top = max([*known, MARGIN * 2])
         axes.set_xscale("function", functions=(_root, np.square))
         axes.set_xlim(-0.0, top * 1.06)
         shown = [tick for tick in _TICKS if tick <= top * 1.03]
@@ -51,16 +52,18 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
         axes.axvspan(0, MARGIN, color=PALETTE["green"][0], alpha=0.13, linewidth=0)
         for row, regret in enumerate(rows):
             style = styles[regret.method]
-            losses = list(regret.losses.values())
+            losses = [loss for loss in regret.losses.values() if finite(loss)]
             axes.plot(losses, [row] * len(losses), "|", color=style.colour, alpha=0.55,
                       markersize=7, clip_on=False)  # fmt: skip
-            largest = regret.largest or 0.0
+            largest = min(regret.largest or 0.0, top)
             axes.plot([0, largest], [row, row], color=style.colour, linewidth=1.1, alpha=0.45)
             axes.plot([largest], [row], style.marker, color=style.colour, clip_on=False,
                       markersize=7.5 if style.order > 5 else 5.5, markeredgecolor=SURFACE,
                       markeredgewidth=0.8, zorder=5)  # fmt: skip
             where = short_name(regret.where or "")
             text = f"{largest:.3f} {where if largest > 0 else ''}".rstrip()
+            if not finite(regret.largest):
+                text = f"diverged in {where}"
             text += " (incomplete)" if regret.missing else ""
             right = _root(largest) < 0.62 * _root(top)
             axes.annotate(
@@ -69,8 +72,8 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
                 bbox=None if right else {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8},
                 zorder=6,
             )  # fmt: skip
-        what = "accuracy" if metric == "accuracy" else "loss"
-        _title(figure, f"Largest {what} lost to the best method of a setting")
+        what = "Most accuracy lost to" if metric == "accuracy" else "Most loss above that of"
+        _title(figure, f"{what} the best method of a setting")
         return figure
 
 
