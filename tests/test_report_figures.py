@@ -645,7 +645,7 @@ def test_the_methods_picture_says_who_diverged(runs: list[Run]) -> None:
 
 def test_few_clients_without_kinds_are_named_on_the_map() -> None:
     point = {"x": 10.0, "y": 20.0, "name": "north", "letter": "", "colour": "var(--rule)"}
-    found = {"size": (520, 360), "kinds": [], "share": 0.5, "points": [point] * 16}
+    found = {"size": (520, 360), "radius": 9.0, "kinds": [], "share": 0.5, "points": [point] * 16}
     assert texts(figures.map_picture(found, "map")).count("north") == 16
     found = {**found, "points": [point] * 17}
     assert "north" not in texts(figures.map_picture(found, "map"))

@@ -32,8 +32,8 @@ def map_picture(found: Mapping[str, Any], label: str) -> Figure:
         axes = figure.add_axes((0.02, below, 0.96, 1 - below - 0.3 / tall))
         for point in found["points"]:
             colour = point["colour"] if kinds and point["letter"] else _UNKNOWN
-            axes.plot([point["x"]], [point["y"]], "o", color=colour, markersize=1.44 * found["radius"],
-                      markeredgecolor=SURFACE, markeredgewidth=0.7)  # fmt: skip
+            axes.plot([point["x"]], [point["y"]], "o", color=colour, markeredgecolor=SURFACE,
+                      markersize=1.44 * found["radius"], markeredgewidth=0.7)  # fmt: skip
             axes.text(point["x"], point["y"], point["letter"], ha="center", va="center_baseline",
                       fontsize=7, color="#23272e")  # fmt: skip
             if not kinds and len(found["points"]) <= _NAMED:
