@@ -5,13 +5,14 @@ Skipped where no Chromium is installed.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from browser_fixture import NAMES, Browser, find_browser
-from fedmerge.report import write_report
+from fedmerge.report import fit, write_report
 from report_fixture import write_folder
 
 PATH = find_browser()
@@ -126,6 +127,82 @@ def test_the_map_changes_its_colours(shared: Browser) -> None:
     assert shared.run(fills) == kinds
 
 
+def test_the_cells_are_read_with_the_keyboard(shared: Browser) -> None:
+    for figure, words in (("weights", "weight"), ("worth", "is worth")):
+        picture = f"{PANEL}.querySelector('.{figure} svg')"
+        read = f"{PANEL}.querySelector('.{figure} .readout').textContent"
+        resting = shared.run(read)
+        shared.run(f"{picture}.focus()")
+        shared.press("ArrowDown", 40)  # enters
+        first = shared.run(read)
+        assert words in first
+        assert "model 1" in first
+        shared.press("ArrowRight", 39)
+        assert "model 2" in shared.run(read)
+        shared.press("ArrowDown", 40)
+        assert shared.run(read).split(":")[0] != first.split(":")[0]  # another client
+        assert shared.run(f"{picture}.querySelectorAll('.cell').length") == 1
+        shared.run(f"{picture}.blur()")
+        assert shared.run(read) == resting
+        assert shared.run(f"{picture}.querySelectorAll('.cell').length") == 0
+
+
+def test_the_map_is_walked_with_the_arrow_keys(shared: Browser) -> None:
+    shared.run(f"{PANEL}.querySelector('.point[tabindex=\"0\"]').focus()")
+    stops = f"{PANEL}.querySelectorAll('.point[tabindex=\"0\"]').length"
+    at = "document.activeElement.dataset.client"
+    assert shared.run(stops) == 1
+    seen = {shared.run(at)}
+    for key, code in (("ArrowLeft", 37), ("ArrowUp", 38), ("ArrowRight", 39), ("ArrowDown", 40)):
+        shared.press(key, code)
+        seen.add(shared.run(at))
+        assert shared.run("document.activeElement.classList.contains('on')")
+        assert shared.run(f"{PANEL}.querySelector('.picker select').value") == shared.run(at)
+    assert len(seen) > 2
+    assert shared.run(stops) == 1
+
+
+def test_bars_have_one_scale_and_negative_ones_hang(shared: Browser) -> None:
+    card = f"{PANEL}.querySelector('.card')"
+    tall = f"[...{card}.querySelectorAll('.bars.ours')].map((b) => b.clientHeight)"
+    first = f"[...{card}.querySelectorAll('.bars.ours i')].map((i) => i.clientHeight)"
+    weights = f"""JSON.parse({PANEL}.querySelector('script').textContent).clients[
+        {PANEL}.querySelector('.picker select').value].row.flat()"""
+    full = shared.run(tall)[0]
+    scale = shared.run(f"JSON.parse({PANEL}.querySelector('script').textContent).weights.scale")
+    for height, weight in zip(shared.run(first), shared.run(weights), strict=True):
+        assert abs(height - full * weight / 100 / scale) <= 1.5
+    assert shared.run(f"{card}.querySelector('.bars.ours').previousSibling.textContent").endswith(
+        f"0.00 to {scale:.2f}"
+    )
+
+
+def test_a_setting_is_chosen_from_the_bar_and_stands_in_the_address(shared: Browser) -> None:
+    shown = "[...document.querySelectorAll('.panel')].map((p) => getComputedStyle(p).display)"
+    shared.run("document.querySelector('.turn[data-step=\"1\"]').click()")
+    assert shared.run(shown) == ["none", "block"]
+    assert shared.run("location.hash") == "#setting-2"
+    assert shared.run("document.querySelector('#turn').value") == "2"
+    turn = "document.querySelector('#turn')"
+    shared.run(f"{turn}.value = 1; {turn}.dispatchEvent(new Event('change'))")
+    assert shared.run(shown) == ["block", "none"]
+    shared.run("document.querySelector('#tab-2').click()")
+    assert shared.run("location.hash") == "#setting-2"
+    shared.run("document.querySelector('#tab-1').click()")
+
+
+def test_focus_is_never_under_the_bar(shared: Browser) -> None:
+    bar = "document.querySelector('.sticky').getBoundingClientRect()"
+    assert shared.run(f"{bar}.height") < 64
+    buttons = f"[...{PANEL}.querySelectorAll('.name')]"
+    for i in (2, 1, 0):
+        top = f"{buttons}[{i}].getBoundingClientRect().top"
+        shared.run(f"scrollBy(0, {top} - 5)")  # under the bar, which a browser takes for seen
+        assert shared.run(top) < shared.run(f"{bar}.bottom")
+        shared.run(f"{buttons}[{i}].focus()")
+        assert shared.run(top) >= shared.run(f"{bar}.bottom")
+
+
 def test_a_methods_name_lifts_its_line(shared: Browser) -> None:
     lit = f"[...{PANEL}.querySelectorAll('.lines .on title')].map((t) => t.textContent)"
     button = f"[...{PANEL}.querySelectorAll('.name')].find((b) => b.textContent === 'local')"
@@ -135,6 +212,34 @@ def test_a_methods_name_lifts_its_line(shared: Browser) -> None:
     assert shared.run(f"{button}.getAttribute('aria-pressed')") == "true"
     shared.run(f"{button}.click()")
     assert shared.run(lit) == []
+
+
+def test_grey_lines_that_are_pressed_get_colours_and_names(tmp_path: Path) -> None:
+    methods = ("fedmerge", *(f"fedavg:m{i}" for i in range(12)))
+    write_folder(tmp_path, settings=("domain",), methods=methods, seeds=(0, 1), rounds=4)
+    with Browser(PATH or "") as browser:
+        browser.open(write_report(tmp_path))
+        grey = f"""[...{PANEL}.querySelectorAll('.name')]
+            .filter((b) => b.querySelector('.swatch').style.background.includes('grey'))"""
+        pressed = browser.run(f"{grey}.slice(0, 3).map((b) => (b.click(), b.textContent))")
+        curves = f"{PANEL}.querySelector('.lines')"
+        called = f"[...{curves}.querySelectorAll('.called')]"
+        assert browser.run(f"{called}.map((t) => t.textContent)") == pressed
+        strokes = browser.run(
+            f"[...{curves}.querySelectorAll('[data-method].on path')]"
+            ".map((p) => getComputedStyle(p).stroke)"
+        )
+        assert len(set(strokes)) == 3
+        assert sorted(browser.run(f"{called}.map((t) => getComputedStyle(t).fill)")) == sorted(
+            strokes
+        )
+        faint = f"[...{curves}.querySelectorAll('[data-band]')]"
+        wait = "new Promise((done) => setTimeout(done, 400))"  # the fading takes a moment
+        shown = f"{wait}.then(() => {faint}.map((b) => getComputedStyle(b).opacity))"
+        assert set(browser.run(shown)) == {"0"}
+        browser.run(f"{grey}.slice(0, 3).forEach((b) => b.click())")
+        assert browser.run(f"{called}.length") == 0
+        assert set(browser.run(shown)) == {"1"}
 
 
 def test_the_table_changes_with_its_view(shared: Browser) -> None:
@@ -163,6 +268,18 @@ def test_a_narrow_page_does_not_scroll_sideways(shared: Browser) -> None:
     shared.send("Emulation.clearDeviceMetricsOverride")
 
 
+@pytest.mark.parametrize("part", [0.9, 0.6, 0.0])  # of its bytes; without all parts it is larger
+def test_a_page_with_parts_left_out_works(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: float
+) -> None:
+    monkeypatch.setattr(fit, "LIMIT", part * report.stat().st_size)
+    shutil.copytree(report.parent, tmp_path / "cut")
+    with Browser(PATH or "") as browser:
+        browser.open(write_report(tmp_path / "cut"))
+        assert "leaves out" in browser.run("document.querySelector('header').textContent")
+        assert browser.complaints() == []
+
+
 def test_the_dark_page_is_dark(report: Path) -> None:
     with Browser(PATH or "", dark=True) as browser:
         browser.open(report)
@@ -170,6 +287,7 @@ def test_the_dark_page_is_dark(report: Path) -> None:
         assert browser.run(ground) == "rgb(20, 23, 27)"
         line = f"getComputedStyle({PANEL}.querySelector('.lines text')).fill"
         assert browser.run(line) == "rgb(228, 231, 234)"
+        assert "night" in browser.run(f"getComputedStyle({IMAGE}).filter")
         assert browser.complaints() == []
 
 

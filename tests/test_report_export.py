@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from fedmerge.errors import MissingExtraError, StateError
 from fedmerge.report.export import escape, to_csv, to_latex, write_figures
 from fedmerge.report.ranking import comparison
-from report_fixture import write_folder
+from report_fixture import KINDS, METHODS, write_folder
 from test_report_tables import make
 
 VALUES = {
@@ -26,7 +27,17 @@ def test_every_picture_comes_in_three_forms_and_repeats_to_the_byte(tmp_path: Pa
         tmp_path, settings=("domain",), methods=("fedmerge", "fedavg"), seeds=(0, 1), rounds=4
     )
     out, written = write_figures(tmp_path)
-    kinds = ("methods", "curves", "gap", "differences", "clients", "weights", "worth")
+    kinds = (
+        "methods",
+        "curves",
+        "gap",
+        "differences",
+        "clients",
+        "split",
+        "weights",
+        "map",
+        "worth",
+    )
     stems = [f"domain-{kind}" for kind in kinds] + ["regret-accuracy", "ranks"]
     wanted = {f"{stem}.{ending}" for stem in stems for ending in ("png", "svg", "pdf")}
     wanted |= {f"table-accuracy.{ending}" for ending in ("csv", "md", "tex")}
@@ -56,7 +67,7 @@ def test_csv_holds_every_number_unrounded() -> None:
 
 def test_latex_escapes_names_and_marks_the_best_and_the_not_worse() -> None:
     text = to_latex(comparison(make(VALUES)))
-    assert r"method & a\_b & c & largest regret \\" in text
+    assert r"method & a\_b & c & regret \\" in text
     assert r"fedmerge & \textbf{0.920} {\scriptsize$\pm$ 0.020} &" in text
     assert r"x\&y & 0.915 {\scriptsize$\pm$ 0.022}\rlap{$^{\sim}$} & \textbf{0.600}" in text
     row = next(line for line in text.splitlines() if line.startswith("fedmerge"))
@@ -65,13 +76,19 @@ def test_latex_escapes_names_and_marks_the_best_and_the_not_worse() -> None:
         r"& -- & 0.203 (incomplete) \\"
     )
     assert text.count("{") == text.count("}")
+    # The legend is printed, in the signs of the cells.
+    note = next(line for line in text.splitlines() if line.startswith(r"\noindent"))
+    assert r"Test accuracy, merged model. Mean $\pm$ sample" in note
+    assert r"Bold is the best mean; $\sim$ is not significantly worse" in note
+    assert "*" not in note
+    assert "Regret: the largest loss to the best" in note
 
 
 def test_latex_breaks_many_settings_into_parts() -> None:
     values = {f"s{i}": {"fedmerge": [0.5, 0.6], "local": [0.4, 0.5]} for i in range(8)}
     text = to_latex(comparison(make(values)))
     heads = [line for line in text.splitlines() if line.startswith("method")]
-    assert [head.count("&") for head in heads] == [6, 3]
+    assert [head.count("&") for head in heads] == [4, 5]
     assert [("regret" in head) for head in heads] == [False, True]
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
 
@@ -96,3 +113,69 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"fedmerge\[report\]"):
         write_figures(tmp_path)
+
+
+def test_the_exported_scatter_shows_one_variant_alone(tmp_path: Path) -> None:
+    methods = ("fedmerge", "fedmerge:rule=paper", "fedavg")
+    write_folder(tmp_path, settings=("domain",), methods=methods, seeds=(0, 1), rounds=2)
+    out, _ = write_figures(tmp_path)
+    assert "of 64 (clients × seeds)" in (out / "domain-clients.svg").read_text()
+
+
+def test_latex_marks_what_is_shown_near_the_best() -> None:
+    best = [0.900, 0.910, 0.920, 0.930]
+    near = [0.898, 0.909, 0.917, 0.928]
+    text = to_latex(comparison(make({"s": {"fedmerge": best, "close": near}})))
+    assert r"\rlap{$^{=}$}" in text or r"\rlap{$^{\sim=}$}" in text
+    assert "$=$ is shown to lose less than 0.01" in text
+
+
+def test_latex_puts_data_sets_above_their_settings() -> None:
+    names = ("digits/a_b", "org/mnist-5k/a_b", "org/mnist-5k/c")
+    values = {name: {"fedmerge": [0.5, 0.6], "local": [0.4, 0.5]} for name in names}
+    text = to_latex(comparison(make(values)))
+    assert r" & \multicolumn{1}{c}{digits} & \multicolumn{2}{c}{org/mnist-5k} &  \\" in text
+    assert r"\cmidrule(lr){2-2}\cmidrule(lr){3-4}" in text
+    assert r"method & a\_b & a\_b & c & regret \\" in text
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    methods = ("fedavg", "local", "fedmerge")
+    write_folder(folder, settings=("domain",), methods=methods, seeds=(0, 1), rounds=4)
+    return write_figures(folder)[0]
+
+
+def test_every_picture_says_of_what_it_is(exported: Path) -> None:
+    for kind in ("methods", "curves", "gap", "differences", "clients"):
+        assert ">domain, 2 seeds</text>" in (exported / f"domain-{kind}.svg").read_text(), kind
+    for kind in ("weights", "map", "worth"):
+        text = (exported / f"domain-{kind}.svg").read_text()
+        assert ">domain, fedmerge, seed 0</text>" in text, kind
+    assert ">domain, seed 0</text>" in (exported / "domain-split.svg").read_text()
+
+
+def test_the_files_have_the_best_method_first_and_the_map_every_client(exported: Path) -> None:
+    text = (exported / "domain-methods.svg").read_text()
+    names = [name for name in re.findall(r">([^<>]+)</text>", text) if name in METHODS]
+    assert names == ["fedmerge", "fedavg", "local"]
+    text = (exported / "domain-map.svg").read_text()
+    letters = re.findall(r">([a-e])</text>", text)
+    assert len(letters) == 32
+    assert {f">{kind}</text>" in text for kind in KINDS["domain"]} == {True}
+
+
+def test_text_can_be_read_in_a_column_and_pdf_holds_fonts_that_journals_take(
+    exported: Path,
+) -> None:
+    for path in exported.glob("domain-*.svg"):
+        text = path.read_text()
+        (width,) = re.findall(r'<svg [^>]*width="([\d.]+)pt"', text)
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:bold )?([\d.]+)px", text)]
+        scale = 3.3 * 72 / float(width)
+        assert max(sizes) * scale >= 6.3, path.name
+        # The names of clients are bound to their rows, and the bars of a split to their labels.
+        assert min(sizes) * scale >= (3.5 if "split" in path.name else 4.8), path.name
+    for path in exported.glob("*.pdf"):
+        assert b"/Type3" not in path.read_bytes(), path.name

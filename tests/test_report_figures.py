@@ -17,12 +17,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
+from scipy import stats
 
 from fedmerge.errors import ConfigError, MissingExtraError
 from fedmerge.report import figures
-from fedmerge.report.drawing import INK, PALETTE, SURFACE, spread
+from fedmerge.report.clients import separated
+from fedmerge.report.drawing import INK, PALETTE, SURFACE, apart, night, spread
 from fedmerge.report.figures import LabelCounts, method_styles, row_order, to_svg
+from fedmerge.report.heatmap import families
 from fedmerge.report.overall import duels, overviews, ranking, regrets
 from fedmerge.report.reading import load_runs
 from fedmerge.report.runs import ClientResult, Run
@@ -93,6 +96,65 @@ def test_learning_curves_draw_the_mean_over_seeds(runs: list[Run]) -> None:
     assert figure.axes[0].get_legend() is None
 
 
+def scatter_of(runs: Sequence[Run], points: Sequence[tuple[float, float]]) -> Any:
+    """The scatter of clients with these (x, y)."""
+    x = {f"c{i}": point[0] for i, point in enumerate(points)}
+    y = {f"c{i}": point[1] for i, point in enumerate(points)}
+    (ours, _), (theirs, _) = of(runs, "fedmerge"), of(runs, "fedavg")
+    return figures.client_scatter([with_accuracies(ours, y)], [with_accuracies(theirs, x)])
+
+
+def areas(axes: Any) -> list[float]:
+    return [float(s) for c in axes.collections for s in c.get_sizes() if len(c.get_offsets())]
+
+
+def test_marks_of_the_scatter_have_a_largest_size_and_a_key(runs: list[Run]) -> None:
+    spots = [(0.5, 0.9)] * 400 + [(0.9, 0.5)] * 40 + [(0.7, 0.7)]
+    figure = scatter_of(runs, spots)
+    assert max(areas(figure.axes[0])) < 200
+    assert min(areas(figure.axes[0])) >= 4
+    key = figure.axes[1]
+    assert set(areas(figure.axes[0])) <= set(areas(key))
+    assert {"clients on one spot", "201–400"} <= set(texts(figure))
+    assert len(scatter_of(runs, spots[-1:]).axes) == 1  # all marks alike: no key
+
+
+def test_a_scatter_of_very_many_clients_stays_small(runs: list[Run]) -> None:
+    rng = np.random.default_rng(0)
+    points = [(float(x), float(y)) for x, y in rng.uniform(0.5, 1, (4000, 2))]
+    figure = scatter_of(runs, points)
+    drawn = [tuple(p) for c in figure.axes[0].collections for p in c.get_offsets()]
+    assert len(drawn) <= 61 * 61 + 61
+    assert len(to_svg(figure)) < 150_000
+    above = sum(y > x for x, y in points)
+    assert f"better with fedmerge: {above} of 4000 (clients × seeds)" in texts(figure)
+
+
+def bands(figure: Any) -> dict[str, Any]:
+    return {c.get_gid(): c.get_paths()[0].get_extents() for c in figure.axes[0].collections}
+
+
+def test_the_band_of_many_seeds_is_the_interval_of_their_mean(runs: list[Run]) -> None:
+    (run, _) = of(runs, "fedavg")
+
+    def shifted(by: float) -> Run:
+        log = [
+            replace(p, accuracy={"merged": p.accuracy["merged"] + by})
+            for p in run.log
+            if p.accuracy
+        ]
+        return replace(run, log=tuple(log))
+
+    shifts = np.linspace(-0.1, 0.1, 9)
+    mean = [p.accuracy["merged"] for p in run.log if p.accuracy]
+    reach = stats.t.ppf(0.975, 8) * shifts.std(ddof=1) / 3
+    (band,) = bands(figures.learning_curves([shifted(by) for by in shifts])).values()
+    np.testing.assert_allclose([band.y0, band.y1], [min(mean) - reach, max(mean) + reach])
+    (band,) = bands(figures.learning_curves([shifted(by) for by in (-0.1, 0.1)])).values()
+    np.testing.assert_allclose([band.y0, band.y1], [min(mean) - 0.1, max(mean) + 0.1])
+    assert not bands(figures.learning_curves([run]))  # one seed spans nothing
+
+
 def test_curves_use_only_rounds_that_every_seed_has(runs: list[Run]) -> None:
     first, second = of(runs, "local")
     figure = figures.learning_curves([first, replace(second, log=second.log[:6])])
@@ -100,17 +162,33 @@ def test_curves_use_only_rounds_that_every_seed_has(runs: list[Run]) -> None:
     assert max(np.asarray(line.get_xdata())) == 6
 
 
+def test_one_round_has_one_whole_number_under_it(runs: list[Run]) -> None:
+    one = [replace(run, log=run.log[:2]) for run in runs]
+    axes = figures.learning_curves(one).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2.0]
+
+
 def test_curves_of_a_regression_show_the_loss(runs: list[Run]) -> None:
     plain = [
         replace(run, log=tuple(replace(point, accuracy={}) for point in run.log)) for run in runs
     ]
-    assert "mean test loss of the merged model, nats" in texts(figures.learning_curves(plain))
+    assert "mean test loss of the merged model, squared error" in texts(
+        figures.learning_curves(plain)
+    )
 
 
 def test_nothing_logged_is_said(runs: list[Run]) -> None:
     empty = [replace(run, log=()) for run in runs]
     assert "nothing was logged" in texts(figures.learning_curves(empty))
     assert "nothing was logged" in texts(figures.gap_over_rounds(empty))
+
+
+def test_the_log_scale_does_not_stretch_noise_around_zero(runs: list[Run]) -> None:
+    axes = figures.gap_over_rounds(runs).axes[0]
+    labels = [float(text.get_text().replace("−", "-")) for text in axes.get_yticklabels()]
+    ticks = [abs(value) for value in labels if value]
+    assert max(ticks) / min(ticks) <= 100
 
 
 def test_the_gap_turns_logarithmic_only_when_it_is_wide(runs: list[Run]) -> None:
@@ -136,6 +214,56 @@ def test_the_heat_map_shows_the_weights_in_the_order_of_its_names(runs: list[Run
         drawn = np.asarray(axes.get_images()[0].get_array())[..., 3]
         np.testing.assert_allclose(drawn * scale, run.weights[[at[n] for n in names], block])
     assert {client.kind for client in run.clients} <= set(texts(figure))
+
+
+def named(run: Run, names: Sequence[str], kinds: Sequence[str | None]) -> Run:
+    """`run` whose clients have these names and kinds, over and over."""
+    clients = tuple(
+        replace(c, id=f"{names[i % len(names)]}{i}", kind=kinds[i % len(kinds)])
+        for i, c in enumerate(run.clients)
+    )
+    return replace(run, last=replace(run.last, clients=clients))
+
+
+@pytest.mark.parametrize("kinds", [[None], ["rot0+invert", "rot90"]])
+def test_names_of_clients_are_whole_and_inside(
+    runs: list[Run], kinds: Sequence[str | None]
+) -> None:
+    run = named(of(runs, "fedmerge")[0], ["Switzerland, east "], kinds)
+    for figure in (figures.weights_heatmap(run), figures.importance_map(run)):
+        assert {client.id for client in run.clients} <= set(texts(figure))
+        figure.draw_without_rendering()
+        ((left, _), (right, _)) = figure.bbox.get_points()
+        for text in figure.findobj(matplotlib.text.Text):
+            box = text.get_window_extent()
+            assert not text.get_text() or (box.x0 >= left and box.x1 <= right), text.get_text()
+
+
+def test_kinds_beyond_the_colours_are_coloured_by_family(runs: list[Run]) -> None:
+    kinds = [f"teacher {i % 3} (0.{i})" for i in range(9)] + ["teacher 9 (x)", "teacher 9 (y)"]
+    assert set(families(kinds).values()) == {f"teacher {i}" for i in (0, 1, 2, 9)}
+    assert families(["a (1)", None, "a (2)"]) == {"a (1)": "a (1)", "a (2)": "a (2)"}
+    figure = figures.weights_heatmap(named(of(runs, "fedmerge")[0], ["c"], kinds))
+    strip = next(axes for axes in figure.axes if axes.patches)
+    assert len({tuple(bar.get_facecolor()) for bar in strip.patches}) == 4
+    assert set(kinds) <= set(texts(figure))  # the share can still be read
+
+
+def test_the_key_of_worth_has_both_ends(runs: list[Run]) -> None:
+    figure = figures.importance_map(of(runs, "fedmerge")[0])
+    key = figure.axes[-1]
+    low, zero, high = (text.get_text() for text in key.get_xticklabels())
+    assert (low, zero) == (f"−{high}", "0")
+    image = np.asarray(key.get_images()[0].get_array())[0]
+    assert np.allclose(image[0, :3], to_rgb(PALETTE["purple"][0]))
+    assert np.allclose(image[-1, :3], to_rgb(PALETTE["green"][0]))
+
+
+def test_painted_colours_turn_into_those_of_the_dark_page() -> None:
+    matrix = np.array(night().split(), dtype=float).reshape(4, 5)
+    for name in ("accent", "green", "purple"):
+        light, dark = (to_rgba(colour) for colour in PALETTE[name])
+        np.testing.assert_allclose(matrix @ [*light, 1], dark, atol=2e-3)
 
 
 def test_a_heat_map_of_many_clients_is_a_sample_and_says_so(runs: list[Run]) -> None:
@@ -218,11 +346,14 @@ def test_differences_stand_at_their_means_and_are_filled_when_beyond_chance(
     names = [text.get_text() for text in axes.get_yticklabels()]
     by_name = {duel.rival: duel for duel in fought}
     assert names == sorted(names, key=lambda name: by_name[name].by_seed.mean)
-    marks = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    for name, line in zip(names, marks, strict=True):
-        duel = by_name[name]
-        assert float(np.asarray(line.get_xdata())[0]) == duel.by_seed.mean
-        assert (line.get_markerfacecolor() == SURFACE) is (duel.verdict == "open")
+    drawn = {}
+    for marks in axes.collections:
+        if marks.get_gid() in ("better", "worse", "open"):
+            hollow = bool(np.allclose(marks.get_facecolor(), to_rgba(SURFACE)))
+            drawn |= {names[int(y)]: (float(x), hollow) for x, y in marks.get_offsets()}
+    assert drawn == {
+        duel.rival: (duel.by_seed.mean, duel.verdict == "open") for duel in by_name.values()
+    }
     low, high = axes.get_xlim()
     assert low < 0 < high
 
@@ -283,6 +414,24 @@ def test_each_method_keeps_its_look_and_differs_by_more_than_colour() -> None:
     assert len({style.marker for style in rivals}) == len(rivals)
     assert len({str(style.line) for style in rivals}) == len(rivals)
     assert PALETTE["accent"][0] not in {style.colour for style in rivals}
+    many = method_styles([f"m{i}" for i in range(40)]).values()
+    assert len({(style.colour, style.marker) for style in many}) == 40  # as in the tables
+
+
+def test_named_methods_of_a_setting_share_no_colour(runs: list[Run]) -> None:
+    names = ["fedmerge", *(f"m{i}" for i in range(20))]
+    styles = method_styles(names)
+    focus = ["fedmerge", "m3", "m10", "m0", "m7", "m14"]
+    assert len({styles[name].colour for name in focus}) < len(focus)
+    looks = apart(styles, focus)
+    assert len({looks[name].colour for name in focus}) == len(focus)
+    assert [looks[name].colour for name in ("fedmerge", "m3", "m0")] == [
+        styles[name].colour for name in ("fedmerge", "m3", "m0")
+    ]
+    many = [replace(runs[0], method=name) for name in names]
+    lines = figures.learning_curves(many, styles=styles, focus=focus).axes[0].get_lines()
+    drawn = {line.get_label(): line.get_color() for line in lines if line.get_label() in focus}
+    assert len(set(drawn.values())) == len(focus)
 
 
 def linear(colour: str) -> Any:
@@ -338,6 +487,18 @@ def test_labels_are_spread_by_the_least_and_stay_inside() -> None:
     assert np.argsort(crowded).tolist() == np.argsort([0.3, 0.31, 0.1, 0.32, 0.9]).tolist()
 
 
+def test_clients_on_one_spot_are_moved_apart_a_little() -> None:
+    spots = np.array([[100.0, 100.0]] * 20 + [[400.0, 300.0]])
+    moved = separated(spots, 19)
+    apart = np.sqrt(((moved[:, None] - moved[None]) ** 2).sum(2)) + np.eye(21) * 99
+    assert apart.min() > 15
+    assert np.abs(moved - spots).max() < 70
+    np.testing.assert_allclose(moved[20], spots[20], atol=0.2)
+    np.testing.assert_array_equal(moved, separated(spots, 19))
+    corner = separated(np.array([[44.0, 44.0]] * 20), 19)
+    assert corner.min() > 0
+
+
 # ---- SVG
 
 
@@ -351,6 +512,14 @@ def test_svg_follows_the_page_and_repeats_to_the_byte(runs: list[Run]) -> None:
     assert "<text" in svg  # text, not outlines
     assert "metadata" not in svg
     assert not re.search(r"fill: ?#fff", svg)  # nothing opaque behind the picture
+
+
+def test_svg_writes_a_style_that_neighbours_share_once(runs: list[Run]) -> None:
+    svg = to_svg(scatter_of(runs, [(i / 50, 0.99) for i in range(40)]))
+    uses = re.findall(r"<use [^>]*>", svg)
+    assert len(uses) == 40
+    assert not any("style" in use for use in uses)
+    assert "<style" not in svg  # it would hold for the whole page
 
 
 def test_svg_is_named_and_its_ids_are_its_own(runs: list[Run]) -> None:
@@ -407,3 +576,76 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"fedmerge\[report\]"):
         figures.learning_curves(runs)
+
+
+def diverged(run: Run, after: int) -> Run:
+    """The run with losses and gaps that are not finite after a round."""
+    log = tuple(
+        replace(p, loss=dict.fromkeys(p.loss, np.nan), gap_test=None) if p.round > after else p
+        for p in run.log
+    )
+    return replace(run, log=log)
+
+
+def drawn(figure: Any, method: str) -> Any:
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == method]
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata(), dtype=float)
+
+
+def test_a_method_that_diverged_is_drawn_over_the_seeds_it_has_and_named(runs: list[Run]) -> None:
+    plain = [
+        replace(run, log=tuple(replace(p, accuracy={}) for p in run.log))
+        for run in of(runs, "fedavg")
+    ]
+    figure = figures.learning_curves([plain[0], diverged(plain[1], 4)])
+    rounds, values = drawn(figure, "fedavg")
+    assert rounds == [2, 4, 6, 8, 10, 12]
+    np.testing.assert_allclose(values, [p.loss["merged"] for p in plain[0].log if p.loss])
+    assert "seeds that diverged: fedavg 1 of 2" in texts(figure)
+    figure = figures.learning_curves([diverged(plain[0], 6), diverged(plain[1], 4)])
+    assert drawn(figure, "fedavg")[0] == [2, 4]
+    figure = figures.learning_curves([diverged(plain[0], 6), diverged(plain[1], 0)])
+    assert drawn(figure, "fedavg")[0] == [2, 4, 6]
+    # What goes through the roof before it is lost must not press all others flat.
+    calm = [replace(run, method="calm") for run in plain]
+    rising = [diverged(run, 8) for run in plain]
+    rising = [
+        replace(
+            run,
+            log=tuple(replace(p, loss={"merged": 1e5}) if p.round == 8 else p for p in run.log),
+        )
+        for run in rising
+    ]
+    assert drawn(figures.learning_curves(rising), "fedavg")[0] == [2, 4, 6, 8]
+    assert drawn(figures.learning_curves([*rising, *calm]), "fedavg")[0] == [2, 4, 6]
+    figure = figures.gap_over_rounds([plain[0], diverged(plain[1], 4)])
+    assert drawn(figure, "fedavg")[0] == [2, 4, 6, 8, 10, 12]
+    assert "seeds that diverged: fedavg 1 of 2" in texts(figure)
+
+
+def test_a_method_that_diverged_has_its_regret_at_the_edge(runs: list[Run]) -> None:
+    lost = [
+        replace(regret, losses={"concept-mix": np.inf}) if regret.method == "local" else regret
+        for regret in regrets(overviews(runs)[0])
+    ]
+    figure = figures.regret_picture(lost, "accuracy", method_styles(METHODS))
+    assert "diverged in concept-mix" in texts(figure)
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names[-1] == "local"
+    assert np.isfinite(figure.axes[0].get_xlim()).all()
+
+
+def test_the_methods_picture_says_who_diverged(runs: list[Run]) -> None:
+    first, second = of(runs, "ditto")
+    scores = replace(second.last.models["merged"], loss=np.nan)
+    lost = replace(second, last=replace(second.last, models={"merged": scores}))
+    assert "diverged on 1 of 2" in texts(figures.method_dots([first, lost], metric="loss"))
+    assert "diverged on 1 of 2" not in texts(figures.method_dots([first, second], metric="loss"))
+
+
+def test_few_clients_without_kinds_are_named_on_the_map() -> None:
+    point = {"x": 10.0, "y": 20.0, "name": "north", "letter": "", "colour": "var(--rule)"}
+    found = {"size": (520, 360), "radius": 9.0, "kinds": [], "share": 0.5, "points": [point] * 16}
+    assert texts(figures.map_picture(found, "map")).count("north") == 16
+    found = {**found, "points": [point] * 17}
+    assert "north" not in texts(figures.map_picture(found, "map"))

@@ -48,7 +48,7 @@ def test_regret_of_a_loss_counts_upwards_and_a_missing_setting_is_named() -> Non
     assert y.losses == pytest.approx({"a": 0.2})
     assert y.missing == ("b",)
     (table,) = overviews(make({"a": {"x": [math.nan], "y": [0.5]}}))
-    assert regrets(table)[0].largest is None
+    assert (regrets(table)[0].largest, regrets(table)[0].missing) == (math.inf, ())
 
 
 def test_average_ranks_cover_settings_of_either_metric() -> None:
@@ -110,7 +110,7 @@ def test_the_sum_says_regret_rank_and_losses_as_plainly_as_wins() -> None:
     found = totals(make({"a": WON, "b": LOST, "c": WON}))
     regret, rank, fought = found.sentences
     assert regret == (
-        "FedMerge's regret, its largest loss in accuracy to the best method of a setting, is 0.395 "
+        "FedMerge's regret, the most accuracy lost to the best of a setting, is 0.395 "
         "(in b), 0.132 on average; the next is local with 0.390 (in a)."
     ) or regret.endswith("1 method with less: local 0.390.")
     assert rank == (
@@ -127,6 +127,12 @@ def test_a_method_with_less_regret_is_named() -> None:
     behind = {**THREE, "d": {"fedmerge": [0.1, 0.2], "ditto": [0.8, 0.81], "local": [0.8, 0.7]}}
     text = totals(make(behind)).sentences[0]
     assert "; 2 methods with less: ditto 0.105, local 0.325." in text
+
+
+def test_a_list_that_is_cut_short_ends_once() -> None:
+    behind = {f"m{i}": [0.8, 0.8] for i in range(5)} | {"fedmerge": [0.1, 0.2]}
+    text = totals(make({"a": behind})).sentences[0]
+    assert text.endswith("m0 0.000, m1 0.000, m2 0.000, …")
 
 
 def test_shares_of_clients_are_means_over_settings_and_name_the_worst() -> None:
@@ -161,3 +167,43 @@ def test_the_best_round_is_summed_up_apart() -> None:
     ]
     (table,) = overviews(runs, at="best")
     assert [regret.largest for regret in regrets(table)] == [0.0, 0.0, 0.0]
+
+
+def test_a_method_that_diverged_ranks_last_and_has_no_bound_on_its_regret() -> None:
+    values = {**THREE, "d": {"fedmerge": [0.7, 0.7], "ditto": [0.9, math.nan], "local": [0.1, 0.1]}}
+    runs = make(values)
+    ranked = ranking(overviews(runs))
+    # fedmerge 1 2 3 1, ditto 2 1 2 3, local 3 3 1 2
+    assert ranked.means == {"fedmerge": 1.75, "ditto": 2.0, "local": 2.25}
+    (table,) = overviews(runs)
+    lost = {regret.method: regret for regret in regrets(table)}
+    assert (lost["ditto"].largest, lost["ditto"].where) == (math.inf, "d")
+    found = totals(make({"a": {"fedmerge": [0.5], "local": [math.inf]}}))
+    assert found.sentences[0].endswith("; every other method diverged in some setting.")
+    found = totals(make({**values, "e": {"fedmerge": [math.nan], "local": [0.5]}}))
+    assert found.sentences[0].startswith("FedMerge diverged in e, so its regret in accuracy has no")
+
+
+def test_a_duel_with_a_method_that_diverged_is_shown_on_the_other_seeds_and_not_tested() -> None:
+    values = {
+        "s": {"fedmerge": [0.9, 0.92, 0.91], "ditto": [0.1, 0.2, math.nan], "local": [0.1, 0.2, 0]}
+    }
+    ditto, local = duels(make(values), "fedmerge")
+    assert (ditto.by_seed.mean, ditto.by_seed.n) == (pytest.approx(0.76), 2)
+    assert (ditto.p, ditto.verdict, local.verdict) == (None, "open", "better")
+    assert "; 1 more could not be tested" in totals(make(values)).sentences[-1]
+
+
+def test_a_shared_first_place_is_no_win() -> None:
+    found = totals(make({"a": WON, "b": LOST}))
+    assert found.sentences[1] == (
+        "Its average rank is 1.5 over 2 settings, the best of 2 methods together with local."
+    )
+
+
+def test_ranks_that_differ_are_not_printed_alike() -> None:
+    many = {f"w{i}": WON for i in range(26)} | {f"l{i}": LOST for i in range(25)}
+    assert (
+        "is 1.49 over 51 settings, the best of 2 methods; next is local with 1.51"
+        in (totals(make(many)).sentences[1])
+    )

@@ -6,6 +6,7 @@ Most folders are made up; one is written by the same code that a comparison uses
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 
 from fedmerge.compare.results import collect
 from fedmerge.errors import StateError
+from fedmerge.report.about import notices
+from fedmerge.report.ranking import comparison
 from fedmerge.report.reading import load_history, load_runs, unfinished, unlisted
 from fedmerge.report.runs import Evaluation, Run
 from report_fixture import write_folder, write_run
@@ -257,3 +260,21 @@ def test_a_damaged_table_of_clients_is_named(tmp_path: Path) -> None:
     (tmp_path / "clients.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(StateError, match=r"clients.parquet: cannot be read .*fedmerge report"):
         load_runs(tmp_path)
+
+
+def test_null_for_a_loss_is_a_model_that_diverged(tmp_path: Path) -> None:
+    write_folder(tmp_path, settings=("domain",), methods=("local",), seeds=(0,), rounds=4)
+    (path,) = tmp_path.glob("runs/*/result.json")
+    lines = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+    lines[-1]["metrics"]["merged"]["test"]["loss"] = None
+    (path.parent / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    text = "\n".join(json.dumps(row | {"loss": None}) for row in rows)
+    (tmp_path / "results.jsonl").write_text(text)
+    (run,) = load_runs(tmp_path)
+    assert math.isnan(run.last.models["merged"].loss or 0.0)
+    assert math.isnan(run.log[-1].loss["merged"])
+    assert "merged" not in run.log[0].loss  # not evaluated
+    entry = comparison([run], metric="loss").entries["local", "domain"]
+    assert (entry.diverged, entry.divergence) == (1, "diverged on 1 of 1 seed")
+    assert "local in domain" not in " ".join(notices([run], ()))  # its accuracy decides there

@@ -183,9 +183,17 @@ def test_a_missing_pair_and_a_diverged_run_are_never_best() -> None:
     runs = make({"a": {"fedmerge": [math.nan, 0.9], "local": [0.1, 0.2]}, "b": {"local": [0.3]}})
     table = comparison(runs)
     assert table.best("a") == "local"
-    assert entry_text("accuracy", table.entries["fedmerge", "a"]) == "diverged"
+    assert entry_text("accuracy", table.entries["fedmerge", "a"]) == "diverged on 1 of 2 seeds"
     assert table.entries["fedmerge", "b"].n == 0
     assert entry_text("accuracy", table.entries["fedmerge", "b"]) == "–"
+
+
+def test_a_run_that_diverged_has_no_gap_to_average() -> None:
+    values: Values = {"a": {"local": [None, None]}}
+    runs = make(values, {"a": {"local": [0.5, math.nan]}})
+    runs[1] = replace(runs[1], gap_test=None)
+    entry = comparison(runs, metric="gap_test").entries["local", "a"]
+    assert entry_text("gap_test", entry) == "diverged on 1 of 2 seeds"
 
 
 def test_the_note_says_the_test_and_its_limits() -> None:
@@ -195,6 +203,8 @@ def test_the_note_says_the_test_and_its_limits() -> None:
     one = comparison(make({"s": {"a": [0.1], "b": [0.2]}})).note
     assert "One seed allows no test" in one
     assert "~" not in one
+    mixed = comparison(make({"s": {"a": [0.1], "b": [0.2, 0.3]}})).note
+    assert "Where a method has one seed alone, its difference" in mixed
     ten = comparison(make({"s": {"a": [0.1] * 10, "b": [0.2] * 10}})).note
     assert "hardly" not in ten
 
@@ -251,8 +261,9 @@ def test_best_in_some_settings_names_the_lead_and_the_losses() -> None:
         }
     )
     assert found.headline == (
-        "FedMerge had the best merged-model accuracy in 1 of 3 settings and was within the noise "
-        "of the best in 1 more; its lead was 0.065 over ifca in mix."
+        "FedMerge had the best merged-model accuracy in 1 of 3 settings; in 1 more it could not be "
+        f"told from the best and in 1 it was behind beyond chance; its lead was 0.065 over ifca in "
+        f"mix.{FEW}"
     )
     assert found.not_won[0].startswith("In domain, ditto was ahead by 0.01")
     assert "a difference beyond chance (paired t-test over 2 seeds, p = " in found.not_won[0]
@@ -265,6 +276,7 @@ def test_best_in_some_settings_names_the_lead_and_the_losses() -> None:
     )
 
 
+FEW = " With 2 seeds only large differences can be told from chance."
 WON = {"fedmerge": [0.9, 0.95], "local": [0.5, 0.57]}
 LOST = {"fedmerge": [0.50, 0.56], "local": [0.9, 0.95]}
 NEAR = {"fedmerge": [0.5, 0.6], "local": [0.61, 0.5]}
@@ -280,37 +292,42 @@ NEAR = {"fedmerge": [0.5, 0.6], "local": [0.61, 0.5]}
         (
             {"a": WON, "b": WON},
             "FedMerge had the best merged-model accuracy in both settings; "
-            "largest lead 0.390 over local in a.",
+            "its largest lead was 0.390 over local in a.",
         ),
         (
             {"a": WON, "b": WON, "c": WON},
             "FedMerge had the best merged-model accuracy in all 3 settings; "
-            "largest lead 0.390 over local in a.",
+            "its largest lead was 0.390 over local in a.",
         ),
         (
             {"a": WON, "b": LOST},
             "FedMerge had the best merged-model accuracy in 1 of 2 settings; "
-            "its lead was 0.390 over local in a.",
+            "in 1 it was behind beyond chance; its lead was 0.390 over local in a.",
         ),
-        ({"a": LOST}, "FedMerge did not have the best merged-model accuracy in a."),
+        (
+            {"a": LOST},
+            "FedMerge did not have the best merged-model accuracy in a: it was number 2 of 2, "
+            "behind the best beyond chance.",
+        ),
         (
             {"a": LOST, "b": LOST},
-            "FedMerge did not have the best merged-model accuracy in any of the 2 settings.",
+            "FedMerge did not have the best merged-model accuracy in any of the 2 settings; "
+            "in all it was behind beyond chance.",
         ),
         (
             {"a": NEAR},
-            "FedMerge did not have the best merged-model accuracy in a, "
-            "but was within the noise of the best.",
+            "FedMerge did not have the best merged-model accuracy in a: it was number 2 of 2, "
+            "but could not be told from the best.",
         ),
         (
             {"a": NEAR, "b": LOST},
             "FedMerge did not have the best merged-model accuracy in any of the 2 settings; "
-            "in 1 it was within the noise of the best.",
+            "in 1 it could not be told from the best and in 1 it was behind beyond chance.",
         ),
         (
             {"a": NEAR, "b": NEAR},
             "FedMerge did not have the best merged-model accuracy in any of the 2 settings; "
-            "in all it was within the noise of the best.",
+            "in all it could not be told from the best.",
         ),
         (
             {"a": {"fedmerge": [0.5, 0.5], "local": [0.5, 0.5]}},
@@ -339,7 +356,8 @@ def test_the_headline_in_every_case(values: Values, headline: str) -> None:
     if not values:
         assert findings([]).by_setting == {}
         return
-    assert said(values).headline == headline
+    judged = "no other method" not in headline and "not among" not in headline
+    assert said(values).headline == headline + (FEW if judged else "")
 
 
 def test_one_seed_claims_nothing_of_chance() -> None:
@@ -353,8 +371,9 @@ def test_one_seed_claims_nothing_of_chance() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "end"),
     [
-        ([0.61, 0.5], [0.5, 0.6], "0.005 over local, within the noise of 2 seeds."),
-        ([0.6], [0.5], "0.100 over local, on one seed, which cannot rule out chance."),
+        ([0.61, 0.5], [0.5, 0.6], f"0.005 over local, within the noise of 2 seeds.{FEW}"),
+        ([0.6], [0.5], "0.100 over local. One seed cannot tell a difference from chance."),
+        ([0.7, 0.71, 0.72, 0.73, 0.71, 0.72], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5], "0.215 over local."),
     ],
 )
 def test_a_headline_does_not_hide_that_its_lead_may_be_chance(
@@ -389,15 +408,59 @@ def test_a_regression_setting_is_judged_by_its_loss() -> None:
     found = said(values, loss)
     assert found.headline == (
         "FedMerge had the best merged-model accuracy in mix, with a lead of 0.390 over local. "
-        "FedMerge did not have the best merged-model loss in latent."
+        "FedMerge did not have the best merged-model loss in latent: it was number 2 of 2, behind "
+        f"the best beyond chance.{FEW}"
     )
     assert found.not_won[0].startswith("In latent, local was ahead by 0.199 in loss (0.251 against")
 
 
-def test_a_method_that_diverged_is_said_to_have_no_number() -> None:
+def test_a_method_that_diverged_is_said_to_have_and_has_lost() -> None:
     found = said({"a": {"fedmerge": [math.nan, 0.5], "local": [0.6, 0.7]}})
-    assert found.headline == "FedMerge has no finite merged-model accuracy in these runs."
-    assert found.by_setting["a"].endswith("In a, local had the best merged-model accuracy (0.650).")
+    assert found.headline == (
+        "FedMerge did not have the best merged-model accuracy in a: it diverged on 1 of 2 seeds."
+        + FEW
+    )
+    assert found.not_won == (
+        "In a, FedMerge diverged on 1 of 2 seeds. "
+        "In a, local had the best merged-model accuracy (0.650).",
+    )
+    found = said({"a": LOST, "b": {"fedmerge": [math.nan, 0.5], "local": [0.6, 0.7]}})
+    assert "; in 1 it was behind beyond chance and in 1 it diverged." in found.headline
+
+
+def test_a_win_over_methods_that_diverged_claims_no_lead() -> None:
+    found = said({"a": {"fedmerge": [0.5, 0.5], "local": [0.4, math.inf]}})
+    assert found.headline == (
+        "FedMerge had the best merged-model accuracy in a, where every other "
+        f"method diverged on some seed.{FEW}"
+    )
+    assert found.by_setting["a"] == (
+        "In a, FedMerge had 0.500; every other method diverged on some seed."
+    )
+
+
+def test_a_distance_is_that_on_the_seeds_that_both_have() -> None:
+    runs = make({"a": {"fedmerge": [0.6, 0.9], "local": [0.598]}})
+    found = findings(runs)
+    assert found.by_setting["a"] == (
+        "In a, FedMerge had the better mean (0.750 against 0.598), but over other seeds than local:"
+        " on the 1 seed that both have, FedMerge was ahead by 0.002, on one seed, which cannot rule"
+        " out chance."
+    )
+    assert "with a lead of 0.002 over local" in found.headline
+    runs = make({"a": {"fedmerge": [0.6, 0.61, 0.9], "local": [0.62, 0.64]}})
+    assert (
+        "on the 2 seeds that both have, local was ahead by 0.025"
+        in (findings(runs).by_setting["a"])
+    )
+    apart = [replace(run, seed=run.seed + 5 * (run.method == "local")) for run in runs]
+    assert "have no seed in common" in findings(apart).by_setting["a"]
+
+
+def test_a_sentence_gives_the_difference_that_the_tables_give() -> None:
+    # The means print as 0.601 and 0.598; their difference is 0.0036.
+    runs = make({"a": {"fedmerge": [0.6014, 0.6014], "local": [0.5978, 0.5978]}})
+    assert "ahead of local by 0.004 (0.601 against 0.598)" in findings(runs).by_setting["a"]
 
 
 def test_costs_are_short_and_ranges_where_they_differ() -> None:

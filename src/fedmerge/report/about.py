@@ -9,11 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmerge.report.overall import overviews
 from fedmerge.report.ranking import unique
 from fedmerge.report.reading import untuned
 from fedmerge.report.runs import Run
 
-_OF_THE_CELL = frozenset({"setting", "method", "seed", "out", "data", "name"})
+# "chosen" are the values that tuning found; they stand with each setting.
+_OF_THE_CELL = frozenset({"setting", "method", "seed", "out", "data", "name", "chosen"})
 
 
 def facts(runs: Sequence[Run]) -> list[str]:
@@ -56,6 +58,18 @@ def notices(runs: Sequence[Run], open_runs: Sequence[str]) -> list[str]:
             f"Not tuned, as trials failed, and run with the method's defaults: {names}. "
             "This is no equal tuning."
         )
+    diverged = [
+        f"{method} in {setting} {entry.divergence}"
+        for table in overviews(runs)
+        for (method, setting), entry in table.entries.items()
+        if entry.diverged
+    ]
+    if diverged:
+        names = "; ".join(diverged[:5]) + ("; …" if len(diverged) > 5 else "")
+        said.append(
+            f"Not every run stayed finite: {names}. A method that diverged on any seed of a "
+            "setting has no mean there and ranks last."
+        )
     refusing = [run for run in runs if run.refused]
     for run in refusing[:5]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(run.refused.items()))
@@ -67,27 +81,50 @@ def notices(runs: Sequence[Run], open_runs: Sequence[str]) -> list[str]:
 
 
 def configuration(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(name, value) of what was run; a value that differs between runs is given as a list."""
+    """(name, value) of what was run; a value that differs between runs says where it holds."""
     rows = [
         ("data", ", ".join(unique(run.data for run in runs))),
         ("settings", ", ".join(unique(run.column for run in runs))),
         ("methods", ", ".join(unique(run.method for run in runs))),
         ("seeds", ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))),
-        ("rounds", _list(sorted({run.rounds for run in runs}))),
-        ("clients", _list(sorted({len(run.clients) for run in runs}))),
+        ("rounds", _where([(run, str(run.rounds)) for run in runs])),
+        ("clients", _where([(run, str(len(run.clients))) for run in runs])),
     ]
     for split in ("train", "validation", "test"):
-        sizes = [getattr(c, f"n_{split}") for run in runs for c in run.clients]
-        if sizes:
-            span = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-            rows.append((f"{split} examples of a client", span))
+        sizes: dict[str, list[int]] = {}
+        for run in runs:
+            sizes.setdefault(run.data, []).extend(getattr(c, f"n_{split}") for c in run.clients)
+        held = [(run, _span(sizes[run.data])) for run in runs if sizes[run.data]]
+        if held:
+            rows.append((f"{split} examples of a client", _where(held)))
     named = {name for name, _ in rows}
-    seen: dict[str, dict[str, None]] = {}
+    seen: dict[str, list[tuple[Run, str]]] = {}
     for run in runs:
         for key, value in _flat(run.config):
             if key.split(".")[0] not in _OF_THE_CELL and key not in named:
-                seen.setdefault(key, {})[value] = None
-    return rows + [(key, _list(list(values))) for key, values in seen.items()]
+                seen.setdefault(key, []).append((run, value))
+    return rows + [(key, _where(values)) for key, values in seen.items()]
+
+
+def _span(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _where(values: Sequence[tuple[Run, str]]) -> str:
+    """A value, or each value with what it holds for: data sets, else settings, else methods."""
+    if len({value for _, value in values}) == 1:
+        return values[0][1]
+    for name in ("data", "column", "method"):
+        held: dict[str, set[str]] = {}
+        for run, value in values:
+            held.setdefault(getattr(run, name), set()).add(value)
+        if all(len(found) == 1 for found in held.values()):
+            places: dict[str, list[str]] = {}
+            for place, (value,) in held.items():
+                places.setdefault(value, []).append(place)
+            return "; ".join(f"{value} ({_list(place)})" for value, place in places.items())
+    return f"{_list(list(unique(value for _, value in values)))}; it differs within a setting"
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -14,22 +14,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.report.drawing import FILLS
-from fedmerge.report.heatmap import Shown, sample, shown
+from fedmerge.report.heatmap import Shown, families, sample, shown
+from fedmerge.report.overall import loss_unit
 from fedmerge.report.reading import load_history
 from fedmerge.report.runs import ClientResult, Run, finite
 
 MAX_CLIENTS = 300
 MAX_ROUNDS = 20
-_MAX_BYTES = 100_000  # of one setting's weights over rounds
+MAX_BYTES = 100_000
+"""Of one setting's weights over rounds."""
 MAP = (520, 360)
 """Width and height of the client map, in its own units."""
-_EDGE = 16
+_EDGE = 44  # what moves apart may take up three quarters of it
+_PUSHES = 80
 
 
-def history(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def most_clients(run: Run, methods: int, room: float) -> int:
+    """Return how many clients of `run` fit into `room` bytes of the page, at most 300.
+
+    Each is in the map, in the list and in the embedded numbers, with its value under each method.
+    """
+    labels = max((len(client.label_counts) for client in run.clients), default=0)
+    b, d = (0, 0) if run.weights is None else run.weights.shape[1:]
+    each = 750 + 6 * methods + 5 * labels + (4 * b + 5) * d + 8 * MAX_ROUNDS
+    return max(4, min(MAX_CLIENTS, int(room / each)))
+
+
+def history(run: Run, room: float = MAX_BYTES) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return rounds (T,) and weights (T, m, b, d) of `run`, its end alone where no more is kept.
 
-    At most 20 rounds, evenly chosen and with the last. Raises TypeError for a run without weights.
+    At most 20 rounds, evenly chosen and with the last, and so many that `room` bytes hold their
+    weights (two fit always). Raises TypeError for a run without weights.
     """
     if run.weights is None:
         raise TypeError("this run has no weights")
@@ -37,7 +52,7 @@ def history(run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     if kept is None:
         return np.array([run.last.round]), run.weights[None]
     rounds, weights = kept
-    most = max(2, min(MAX_ROUNDS, _MAX_BYTES // max(1, weights[0].size)))
+    most = max(2, min(MAX_ROUNDS, int(room / max(1, weights[0].size))))
     if len(rounds) > most:
         at = np.unique(np.linspace(0, len(rounds) - 1, most).round().astype(int))
         rounds, weights = rounds[at], weights[at]
@@ -81,42 +96,52 @@ def plane(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
 
 
 def client_map(
-    run: Run, rivals: Mapping[str, Run], weights: NDArray[np.float64]
+    run: Run,
+    rivals: Mapping[str, Run],
+    weights: NDArray[np.float64],
+    most: int = MAX_CLIENTS,
 ) -> dict[str, Any] | None:
     """Return the points of the client map and what colours them; None without weights.
 
-    rivals: by name, the runs that a gain in accuracy is measured against (same seed).
+    most: how many clients; of more, an even sample, the same as in `cards`.
+    rivals: by name, the runs that a gain is measured against (same seed): more accuracy, or less
+    loss in a regression.
     """
     points, share = plane(weights)
-    chosen = sample(len(run.clients), MAX_CLIENTS)
+    chosen = sample(len(run.clients), most)
     points = points[:, chosen]
     low, high = points.min((0, 1)), points.max((0, 1))
     # One scale for both axes: a distance on the map is a distance of rows.
     room = np.array(MAP) - 2 * _EDGE
     scale = float((room / np.maximum(high - low, 1e-9)).min())
     middle = (low + high) / 2
-    places = np.round((points - middle) * scale * np.array([1, -1]) + np.array(MAP) / 2)
+    places = (points - middle) * scale * np.array([1, -1]) + np.array(MAP) / 2
+    radius = round(float(np.clip(np.sqrt(0.04 * MAP[0] * MAP[1] / len(chosen)), 5, 9)), 1)
+    places = np.round(np.stack([separated(one, 2 * radius + 1) for one in places]))
     clients = [run.clients[i] for i in chosen]
-    kinds = sorted({client.kind for client in clients if client.kind is not None})
+    family = families([client.kind for client in clients])
+    kinds = sorted(set(family.values()))
     signs = [*string.ascii_lowercase, *string.ascii_uppercase]
     letters = {kind: signs[i] if i < len(signs) else "·" for i, kind in enumerate(kinds)}
     gains = {name: _gains(clients, other.clients) for name, other in rivals.items()}
     return {
         "size": MAP,
         "share": share,
+        "radius": radius,
         "kinds": [
             {"name": kind, "letter": letters[kind], "colour": FILLS[i % len(FILLS)]}
             for i, kind in enumerate(kinds)
         ],
         "gains": list(gains),
+        "unknown": any(value is None for gain in gains.values() for value in gain),
         "points": [
             {
                 "index": chosen[k],
                 "x": float(places[-1, k, 0]),
                 "y": float(places[-1, k, 1]),
                 "name": client.id + (f", {client.kind}" if client.kind is not None else ""),
-                "letter": letters.get(client.kind or "", ""),
-                "colour": FILLS[kinds.index(client.kind) % len(FILLS)]
+                "letter": letters.get(family.get(client.kind or "", ""), ""),
+                "colour": FILLS[kinds.index(family[client.kind]) % len(FILLS)]
                 if client.kind is not None
                 else "var(--rule)",
                 "gains": [_shade(gain[k], gain) for gain in gains.values()],
@@ -127,50 +152,77 @@ def client_map(
     }
 
 
+def separated(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
+    """Return the `places` (m, 2) of the map moved apart to about `gap`, each as little as needed.
+
+    Many clients with equal weights would otherwise be one point. Those on one spot are set round
+    it like the seeds of a sunflower; then pairs that are still too near push each other away.
+    """
+    m = len(places)
+    near = np.linalg.norm(places[:, None] - places[None], axis=2) < gap / 2
+    earlier = np.tril(near, -1).sum(1)  # clients on the spot before this one
+    angle, far = earlier * 2.399963, 0.56 * gap * np.sqrt(earlier)
+    moved: NDArray[np.float64] = places + (far * np.stack([np.cos(angle), np.sin(angle)])).T
+    low, high = np.full(2, _EDGE / 4), np.array(MAP) - _EDGE / 4
+    for _ in range(_PUSHES):
+        apart = moved[:, None] - moved[None]
+        distance = np.linalg.norm(apart, axis=2) + np.eye(m) * 1e9
+        push = np.maximum(gap - distance, 0) / np.maximum(distance, 1e-9)
+        if not push.any():
+            break
+        moved = np.clip(moved + 0.3 * (push[..., None] * apart).sum(1), low, high)
+    return moved
+
+
 def _gains(ours: Sequence[ClientResult], theirs: Sequence[ClientResult]) -> list[float | None]:
-    values = {client.id: client.accuracy.get("merged") for client in theirs}
+    metric = _metric(ours)
+    sign = 1 if metric == "accuracy" else -1
+    values = {client.id: getattr(client, metric).get("merged") for client in theirs}
     gains: list[float | None] = []
     for client in ours:
-        mine, other = client.accuracy.get("merged"), values.get(client.id)
-        known = mine is not None and other is not None and finite(mine - other)
-        gains.append(mine - other if known and mine is not None and other is not None else None)
+        mine, other = getattr(client, metric).get("merged"), values.get(client.id)
+        gains.append(sign * (mine - other) if finite(mine) and finite(other) else None)
     return gains
+
+
+def _metric(clients: Sequence[ClientResult]) -> str:
+    """What clients are judged by: accuracy, or the loss where nobody has one."""
+    known = any(client.accuracy.get("merged") is not None for client in clients)
+    return "accuracy" if known else "loss"
 
 
 def _shade(gain: float | None, all_gains: Sequence[float | None]) -> dict[str, Any]:
     """The colour of a gain: its hue is its sign, its strength its size; a sign says it, too."""
     if gain is None:
-        return {"sign": "?", "colour": "var(--rule)", "value": "unknown"}
+        return {"sign": "?", "hue": "rule", "strength": 100, "value": "unknown"}
     sizes = [abs(value) for value in all_gains if value is not None]
     full = max(0.05, float(np.quantile(sizes, 0.9)))
     strength = round(100 * min(1.0, abs(gain) / full))
-    hue = "accent" if gain > 0 else "blue"
     sign = "+" if gain > 0 else "−" if gain < 0 else "="
-    colour = f"color-mix(in srgb, var(--{hue}) {max(strength, 12)}%, var(--surface))"
     return {
         "sign": sign,
-        "colour": colour if gain else "var(--rule)",
+        "hue": "accent" if gain > 0 else "blue" if gain < 0 else "rule",
+        "strength": max(strength, 12) if gain else 100,
         "value": f"{sign}{abs(gain):.3f}" if gain else "0",
     }
 
 
-def cards(subject: Run, others: Sequence[Run]) -> dict[str, Any]:
+def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[str, Any]:
     """Return what the page shows of each client of `subject`, and its accuracy in all runs.
 
     others: the runs of all methods with the same setting and seed. Accuracies (or losses of a
     regression) are in thousandths, a list in the order of `others`; weights in hundredths.
     """
-    metric = "accuracy" if any(c.accuracy.get("merged") is not None for c in subject.clients) else (
-        "loss"
-    )  # fmt: skip
+    metric = _metric(subject.clients)
     values = [
         {client.id: getattr(client, metric).get("merged") for client in run.clients}
         for run in others
     ]
-    chosen = sample(len(subject.clients), MAX_CLIENTS)
+    chosen = sample(len(subject.clients), most)
     rows = None if subject.weights is None else np.round(subject.weights * 100).astype(int)
     return {
         "metric": metric,
+        "unit": loss_unit(metric),
         "blocks": list(subject.blocks or ()),
         "clients": [
             {

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedmerge.report.drawing import (
     INK,
     Style,
+    apart,
     drawing,
     inches,
     method_styles,
@@ -25,6 +26,7 @@ from fedmerge.report.drawing import (
     spread,
     symlog,
 )
+from fedmerge.report.overall import loss_unit
 from fedmerge.report.ranking import unique
 from fedmerge.report.runs import RoundPoint, Run, finite
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
+MANY_SEEDS = 5
+"""From so many on a band is an interval of the mean, below it the span of the seeds."""
 Styles = Mapping[str, Style]
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]  # rounds (t,), values (seeds, t)
 
@@ -43,11 +47,13 @@ def learning_curves(
     styles: Styles | None = None,
     focus: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw mean test accuracy by round, a line for each method; the band spans the seeds.
+    """Draw mean test accuracy by round, a line for each method, with a band for its seeds.
 
     runs: of one setting. A regression setting shows its loss. styles: from `method_styles`, so
     that a method looks the same in every picture; made from `runs` if None. focus: the methods
-    that are drawn in colour and named, all if None; the others are thin and grey.
+    that are drawn in colour and named, all if None; the others are thin and grey. No two of them
+    share a colour while colours last. The band is the 95% t interval of the mean, or the span of
+    fewer than five seeds.
     """
     metric = "accuracy" if any(p.accuracy for run in runs for p in run.log) else "loss"
 
@@ -60,7 +66,8 @@ def learning_curves(
             f"{what} by round, a line for each method", focus or _methods(runs)
         )
         _lines(axes, _by_method(runs, read), styles or method_styles(_methods(runs)), focus)
-        axes.set_title(f"mean {what}" + (", nats" if metric == "loss" else ""), pad=10)
+        _say_diverged(figure, runs, read)
+        axes.set_title(f"mean {what}" + (", squared error" if metric == "loss" else ""), pad=10)
         return figure
 
 
@@ -70,13 +77,16 @@ def gap_over_rounds(
     styles: Styles | None = None,
     focus: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the local-global gap in nats by round, a line for each method; the band spans seeds.
+    """Draw the local-global gap by round, a line for each method, with a band for its seeds.
 
-    The axis turns symmetric-logarithmic when the gaps differ by more than a factor of 20.
+    It is in the unit of the loss. The axis turns symmetric-logarithmic when the gaps differ by more
+    than a factor of 20.
     """
 
     def read(point: RoundPoint) -> float | None:
-        return point.gap_test if split == "test" else point.gap_train
+        gap = point.gap_test if split == "test" else point.gap_train
+        lost = gap is None and any(not finite(loss) for loss in point.loss.values())
+        return float("nan") if lost else gap
 
     with drawing():
         figure, axes = _round_axes(
@@ -90,7 +100,9 @@ def gap_over_rounds(
         else:
             wide = False
         _lines(axes, series, styles or method_styles(_methods(runs)), focus)
-        axes.set_title(f"{split} gap, nats" + (" (log scale)" if wide else ""), pad=10)
+        _say_diverged(figure, runs, read)
+        unit = loss_unit("accuracy" if any(p.accuracy for run in runs for p in run.log) else "loss")
+        axes.set_title(f"{split} gap, {unit}" + (" (log scale)" if wide else ""), pad=10)
         return figure
 
 
@@ -101,19 +113,60 @@ def _methods(runs: Sequence[Run]) -> tuple[str, ...]:
 def _by_method(
     runs: Sequence[Run], read: Callable[[RoundPoint], float | None]
 ) -> dict[str, Series]:
-    """Values by method over the rounds that all of its seeds have, so that no mean jumps."""
+    """Values by method over the rounds that all of its seeds have, so that no mean jumps.
+
+    Of a method that diverged on some seeds these are the other seeds; of one that diverged on all,
+    the rounds before, up to ten times the largest value of the methods that did not. What `read`
+    returns is None in a round that was not evaluated.
+    """
     series: dict[str, Series] = {}
-    for method in _methods(runs):
-        seeds = []
-        for run in runs:
-            if run.method == method:
-                values = {point.round: read(point) for point in run.log}
-                seeds.append({t: v for t, v in values.items() if v is not None and finite(v)})
-        rounds = sorted(set.intersection(*(set(seen) for seen in seeds)))
+    lost = []
+    for method, read_seeds in _by_seed(runs, read).items():
+        whole = [seen for seen in read_seeds if not _diverged(seen)]
+        lost += [] if whole else [method]
+        seeds = [{t: v for t, v in seen.items() if finite(v)} for seen in whole or read_seeds]
+        seeds = [seen for seen in seeds if seen]
+        rounds = sorted(set.intersection(*(set(seen) for seen in seeds))) if seeds else []
         if rounds:
             matrix = np.array([[seen[t] for t in rounds] for seen in seeds], dtype=np.float64)
             series[method] = (np.array(rounds, dtype=np.float64), matrix)
-    return series
+    calm = [np.abs(values).max() for method, (_, values) in series.items() if method not in lost]
+    for method in series.keys() & lost if calm else ():
+        rounds_, values = series[method]
+        wild = (np.abs(values) > 10 * max(calm)).any(0)
+        n = int(wild.argmax()) if wild.any() else len(wild)
+        series[method] = (rounds_[:n], values[:, :n])
+    return {method: pair for method, pair in series.items() if len(pair[0])}
+
+
+def _by_seed(
+    runs: Sequence[Run], read: Callable[[RoundPoint], float | None]
+) -> dict[str, list[dict[int, float]]]:
+    """Values by method, seed and round."""
+    found: dict[str, list[dict[int, float]]] = {method: [] for method in _methods(runs)}
+    for run in runs:
+        values = {point.round: read(point) for point in run.log}
+        found[run.method].append({t: v for t, v in values.items() if v is not None})
+    return found
+
+
+def _diverged(seen: Mapping[int, float]) -> bool:
+    """Whether the last of a seed's values by round is not finite."""
+    return bool(seen) and not finite(seen[max(seen)])
+
+
+def _say_diverged(
+    figure: Figure, runs: Sequence[Run], read: Callable[[RoundPoint], float | None]
+) -> None:
+    """Name the methods that diverged, under the axes: their lines are not over all seeds."""
+    said = []
+    for method, seeds in _by_seed(runs, read).items():
+        n = sum(map(_diverged, seeds))
+        said += [f"{short_name(method)} {n} of {len(seeds)}"] if n else []
+    if said:
+        text = "seeds that diverged: " + ", ".join(said[:3]) + (", …" if len(said) > 3 else "")
+        figure.axes[0].set_xlabel("round", loc="left")
+        figure.text(0.985, 0.03, text, ha="right", fontsize=7.5)
 
 
 def _round_axes(label: str, methods: Sequence[str]) -> tuple[Figure, Axes]:
@@ -133,15 +186,16 @@ def _lines(
     if not series:
         axes.text(0.5, 0.5, "nothing was logged", transform=axes.transAxes, ha="center")
         return
+    styles = apart(styles, focus or list(series))
     for method, (rounds, values) in series.items():
         style = styles[method]
         if focus is not None and method not in focus:
             axes.plot(rounds, values.mean(0), color=INK, alpha=0.2, linewidth=0.8, zorder=1,
                       gid=f"method-{style.index}")  # fmt: skip
             continue
-        axes.fill_between(
-            rounds, values.min(0), values.max(0), color=style.colour, alpha=0.16, linewidth=0
-        )
+        if len(values) > 1:
+            axes.fill_between(rounds, *_band(values), color=style.colour, alpha=0.14, linewidth=0,
+                              zorder=style.order - 4, gid=f"band-{style.index}")  # fmt: skip
         axes.plot(
             rounds, values.mean(0), linestyle=style.line, color=style.colour,
             label=short_name(method), linewidth=style.width, zorder=style.order,
@@ -172,10 +226,22 @@ def _lines(
         axes.text(
             1.055, place, short_name(name), transform=axes.transAxes, va="center", fontsize=8.6,
             color=style.colour, fontweight="bold" if style.order > 5 else "normal",
+            gid=f"label-{style.index}",
         )  # fmt: skip
+
+
+def _band(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The 95% t interval of the mean by round; of a few seeds, for which it is wild, their span."""
+    n = len(values)
+    if n < MANY_SEEDS:
+        return values.min(0), values.max(0)
+    from scipy import stats
+
+    reach = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
+    return values.mean(0) - reach, values.mean(0) + reach
 
 
 def _whole_numbers() -> Locator:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(nbins=6, integer=True)
+    return MaxNLocator(nbins=6, integer=True, min_n_ticks=1)

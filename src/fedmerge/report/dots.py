@@ -57,6 +57,11 @@ def method_dots(
             seen = [value for value in read if value is not None and finite(value)]
             style = looks[method]
             axes.axhline(row, color=INK, alpha=0.1, linewidth=0.6)
+            known = sum(value is not None for value in read)
+            if len(seen) < known:
+                said = f"diverged on {known - len(seen)} of {known}"
+                axes.text(1, row - 0.12, said, ha="right", va="bottom", fontsize=6,
+                          transform=axes.get_yaxis_transform())  # fmt: skip
             if seen:
                 span = [min(seen), max(seen)]
                 axes.plot(span, [row, row], color=style.colour, linewidth=1.2, alpha=0.55)
@@ -83,32 +88,40 @@ def method_dots(
 def client_scatter(fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run]) -> Figure:
     """Draw each client's test accuracy with FedMerge (y) against the same client's with FedAvg (x).
 
-    Clients are paired by seed and id, with the merged model. Where several fall on one point its
-    area grows with their number. Raises ConfigError if the runs share no client.
+    Clients are paired by seed and id, with the merged model. Those that fall on one spot are one
+    mark, whose area grows with their number up to a largest one; a key says how many each size is.
+    Raises ConfigError if the runs share no client.
     """
     pairs = client_pairs(fedmerge_runs, fedavg_runs)
     if not pairs:
         raise ConfigError("client_scatter: the two methods share no client with an accuracy")
     ours, theirs = fedmerge_runs[0].method, fedavg_runs[0].method
-    points = Counter(pairs)
+    points, low = _spots(pairs)
+    most = max(points.values())
+    # The marks together must leave room between them, and one client must be no more than a dot.
+    full = max(16.0, min(_LARGEST, 16.0 * most, _MARKED * most / len(pairs)))
     above = sum(y > x for x, y in pairs)
     below = sum(y < x for x, y in pairs)
     with drawing():
-        figure = new_figure(5.2, 4.6, f"accuracy of each client, {ours} against {theirs}")
-        axes = figure.add_axes((0.145, 0.12, 0.765, 0.74))
-        low = min(min(point) for point in points)
+        figure = new_figure(5.2, 4.85, f"accuracy of each client, {ours} against {theirs}")
+        axes = figure.add_axes((0.145, 0.165, 0.765, 0.702))
         axes.plot([low, 1], [low, 1], color=INK, linewidth=0.8, alpha=0.6)
-        groups = (("accent", 1), ("slate", 0), ("blue", -1))
-        markers = {1: "o", 0: "D", -1: "s"}
-        for colour, side in groups:
-            chosen = [p for p in points if np.sign(p[1] - p[0]) == side]
-            axes.scatter(
-                [x for x, _ in chosen], [y for _, y in chosen],
-                s=[16 * points[p] for p in chosen], marker=markers[side],
-                color=PALETTE[colour][0], alpha=0.72, linewidths=0.6, edgecolors=SURFACE, zorder=3,
-                clip_on=False,
-            )  # fmt: skip
-        pad = 0.03 * (1 - low)
+        for colour, marker, side in _SIDES:
+            for size in sorted(
+                {_size(count / most, full) for count in points.values()}, reverse=True
+            ):
+                chosen = [
+                    (x, y)
+                    for (x, y, sign), count in points.items()
+                    if sign == side and _size(count / most, full) == size
+                ]
+                axes.scatter(
+                    [x for x, _ in chosen], [y for _, y in chosen], s=size, marker=marker,
+                    color=PALETTE[colour][0], alpha=0.72, linewidths=0.6, edgecolors=SURFACE,
+                    zorder=3, clip_on=False,
+                )  # fmt: skip
+        _size_key(figure, most, full)
+        pad = 0.035 * (1 - low)
         axes.set_xlim(low - pad, 1 + pad)
         axes.set_ylim(low - pad, 1 + pad)
         axes.set_aspect("equal")
@@ -123,6 +136,58 @@ def client_scatter(fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run]) -> 
         note = f"better with {short_name(theirs)}: {below}, equal: {n - above - below}"
         figure.text(0.145, 0.905, note)
         return figure
+
+
+_SIDES = (("slate", "D", 0), ("accent", "o", 1), ("blue", "s", -1))
+_LARGEST = 190.0  # square points, of the mark of the most clients on one spot
+_MARKED = 6000.0  # square points, of all marks together
+_SPOTS = 60  # marks that have room side by side
+
+
+def _spots(pairs: Sequence[tuple[float, float]]) -> tuple[Counter[tuple[float, float, int]], float]:
+    """How many pairs fall on each (x, y, sign of y - x), and the lowest coordinate.
+
+    Where they would be too many to tell apart, those nearer than a mark's width are one spot.
+    """
+    low = min(min(pair) for pair in pairs)
+    exact = Counter((x, y, int(np.sign(y - x))) for x, y in pairs)
+    step = max(1 - low, 1e-9) / _SPOTS
+    if len(exact) <= _SPOTS * 4:
+        return exact, low
+
+    def near(value: float) -> float:
+        return round(low + step * round((value - low) / step), 6)
+
+    return Counter((near(x), near(y), int(np.sign(y - x))) for x, y in pairs), low
+
+
+def _size(share: float, full: float) -> float:
+    """The area of a mark, in steps that the eye can tell; at least one that can be seen."""
+    for step in (0.06, 0.12, 0.25, 0.5):
+        if share <= step:
+            return max(4.0, full * step)
+    return full
+
+
+def _size_key(figure: Figure, most: int, full: float) -> None:
+    """What each size of a mark stands for, at the bottom right; nothing if all stand for one."""
+    sizes: dict[float, list[int]] = {}
+    for count in range(1, most + 1):
+        sizes.setdefault(_size(count / most, full), []).append(count)
+    if len(sizes) < 2:
+        return
+    axes = figure.add_axes((0, 0, 1, 0.06))
+    axes.set_axis_off()
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    x = 0.03
+    axes.text(x, 0.5, "clients on one spot", va="center", fontsize=8)
+    x += 0.25
+    for size, counts in sizes.items():
+        text = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        axes.scatter([x], [0.5], s=size, marker="o", color=INK, alpha=0.5, linewidths=0)
+        axes.text(x + 0.024, 0.5, text, va="center", fontsize=8)
+        x += 0.06 + 0.0135 * len(text)
 
 
 def client_pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[float, float]]:
@@ -154,16 +219,27 @@ def duel_intervals(duels: Sequence[Duel], subject: str, metric: str = "accuracy"
         figure = new_figure(5.2, height, f"{metric} of {subject} minus that of each other method")
         left = max(0.8, room_for([duel.rival for duel in rows], 9)) / 5.2 + 0.03
         axes = figure.add_axes((left, 0.3 / height, 0.96 - left, 1 - 0.68 / height))
-        for row, duel in enumerate(rows):
-            colour, seed, client = colours[duel.verdict], duel.by_seed, duel.by_client
+        for row in range(len(rows)):
             axes.axhline(row, color=INK, alpha=0.08, linewidth=0.6)
-            if client.low is not None and client.high is not None:
-                axes.plot([client.low, client.high], [row, row], color=colour, linewidth=0.9)
-            if seed.low is not None and seed.high is not None:
-                axes.plot([seed.low, seed.high], [row, row], color=colour, linewidth=3, alpha=0.38)
-            axes.plot(
-                [seed.mean], [row], "o", color=colour, markersize=5.5, markeredgewidth=1.2,
-                markerfacecolor=SURFACE if duel.verdict == "open" else colour, zorder=4,
+        for verdict, colour in colours.items():
+            chosen = [(row, duel) for row, duel in enumerate(rows) if duel.verdict == verdict]
+            clients = [(row, duel.by_client) for row, duel in chosen]
+            seeds = [(row, duel.by_seed) for row, duel in chosen]
+            for spans, width, alpha in ((clients, 0.9, 1.0), (seeds, 3.0, 0.38)):
+                known = [
+                    (row, s.low, s.high)
+                    for row, s in spans
+                    if s.low is not None and s.high is not None
+                ]
+                axes.hlines(
+                    [row for row, _, _ in known], [low for _, low, _ in known],
+                    [high for _, _, high in known], color=colour, linewidth=width, alpha=alpha,
+                    capstyle="round",
+                )  # fmt: skip
+            axes.scatter(
+                [duel.by_seed.mean for _, duel in chosen], [row for row, _ in chosen], s=30,
+                facecolor=SURFACE if verdict == "open" else colour, edgecolor=colour,
+                linewidths=1.2, zorder=4, gid=verdict,
             )  # fmt: skip
         means = [duel.by_seed.mean for duel in rows]
         reach = max([abs(mean) for mean in means] + [0.01])

@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ _DASHES: tuple[Any, ...] = (
 _RC: Mapping[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedmerge",
+    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
     "text.parse_math": False,  # a client may be called "$5"
     "font.family": ["sans-serif"],
     "font.size": 9.0,
@@ -78,7 +79,8 @@ _RC: Mapping[str, Any] = {
 class Style:
     """How one method is drawn: colour, dashes, marker and width, so that colour is no lone cue.
 
-    order: above 5 for FedMerge. index: its place among the methods; in SVG its line bears it.
+    order: above 5 for FedMerge. index: its place among the methods; in SVG its line, band and name
+    bear it.
     """
 
     colour: str
@@ -108,6 +110,24 @@ def method_styles(methods: Sequence[str]) -> dict[str, Style]:
             styles[name] = Style(colour, dashes, marker, 1.3, 5, index)
             rivals += 1
     return styles
+
+
+def apart(styles: Mapping[str, Style], methods: Sequence[str]) -> dict[str, Style]:
+    """Return `styles` with other colours for those of `methods` that would share one.
+
+    The first keeps its colour, a later one takes the first that is free; only when all are taken
+    do two look alike, but for their dashes.
+    """
+    free = [PALETTE[name][0] for name in _RIVALS]
+    looks, clashing = dict(styles), []
+    for name in methods:
+        if styles[name].colour in free:
+            free.remove(styles[name].colour)
+        elif not is_fedmerge(name):
+            clashing.append(name)
+    for name, colour in zip(clashing, free, strict=False):
+        looks[name] = replace(styles[name], colour=colour)
+    return looks
 
 
 @contextmanager
@@ -184,8 +204,9 @@ def symlog(axes: Axes, sizes: NDArray[np.float64]) -> bool:
     sizes = sizes[sizes > 0]
     if not len(sizes) or sizes.max() <= 20 * np.quantile(sizes, 0.05):
         return False
-    # Linear below the power of ten under the small gaps, but at most four decades are drawn.
-    low = max(np.floor(np.log10(np.quantile(sizes, 0.05))), np.floor(np.log10(sizes.max())) - 3)
+    # Linear below the power of ten under the small gaps, but only the two largest decades are
+    # stretched: more would draw noise around 0 as leaps.
+    low = max(np.floor(np.log10(np.quantile(sizes, 0.05))), np.ceil(np.log10(sizes.max())) - 2)
     axes.set_yscale("symlog", linthresh=float(10.0**low), linscale=0.6)
     powers = 10.0 ** np.arange(low, np.ceil(np.log10(sizes.max())) + 1)
     ticks = sorted({0.0, *(float(p) for p in powers), *(float(-p) for p in powers)})
@@ -210,20 +231,19 @@ def to_svg(figure: Figure, label: str | None = None) -> str:
     text = buffer.getvalue()
     body = text[text.index("<svg") : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
     body = body[body.index(">") + 1 :]
-    body = re.sub(r' id="method-(\d+)"', r' data-method="\1"', body)
+    body = re.sub(r' id="(method|band|label)-(\d+)"', r' data-\1="\2"', body)
     body = re.sub(r' (?:d|x|y|transform)="[^"]*"', _rounded, body)
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', body))
     kept = {name for pair in used for name in pair if name}
     prefix = "f" + hashlib.sha256(body.encode()).hexdigest()[:8]
-    body = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in kept else "", body
-    )
-    body = re.sub(r'url\(#|href="#', lambda m: f"{m[0]}{prefix}-", body)
+    short = {name: f"{prefix}-{number}" for number, name in enumerate(sorted(kept))}
+    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{short[m[1]]}"' if m[1] in short else "", body)
+    body = re.sub(r'(url\(#|href="#)([^)"]+)', lambda m: m[1] + short[m[2]], body)
     body = re.sub(r"font: (?:(bold) )?([\d.]+)px [^;\"]*", _page_font, body)
     body = re.sub(r"font-family: [^;\"]*(?:; |(?=\"))", "", body)
-    body = _slimmed(body)
+    body = _shared(_slimmed(body))
     for name, (light, _) in PALETTE.items():
         body = body.replace(light, f"var(--{name})")
     body = body.replace(INK, "currentColor").replace(SURFACE, "var(--surface)")
@@ -231,9 +251,25 @@ def to_svg(figure: Figure, label: str | None = None) -> str:
     name = html.escape(label or str(figure.get_label()) or "figure")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        f' viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}">'
+        f' viewBox="0 0 {width:g} {height:g}" stroke-linejoin="round" role="img"'
+        f' aria-label="{name}">'
         f"<title>{name}</title>{body}</svg>\n"
     )
+
+
+def night() -> str:
+    """Return the matrix (of feColorMatrix) that turns the colours of pixels into a dark page's.
+
+    It is exact for the three colours that the heat maps are painted in, at every opacity.
+    """
+    from matplotlib.colors import to_rgb
+
+    names = ("accent", "green", "purple")
+    light, dark = (np.array([to_rgb(PALETTE[name][i]) for name in names]).T for i in (0, 1))
+    rows = np.zeros((4, 5))
+    rows[:3, :3] = dark @ np.linalg.inv(light)
+    rows[3, 3] = 1
+    return " ".join(f"{value:.4g}" for value in rows.ravel())
 
 
 _NO_METADATA: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -270,13 +306,45 @@ def _slimmed(body: str) -> str:
     return re.sub(r' d="[^"]*"', lambda m: re.sub(r" ([LMCQz]) ", r"\1", m[0]), body)
 
 
+def _shared(body: str) -> str:
+    """Write what neighbours have in common, their style, once: in a group around them."""
+    mark = r"<(?:path|use) [^>]*/>|<text [^>]*>[^<]*</text>"
+    kept: list[str] = []
+    run: list[str] = []
+    style = ""
+
+    def close() -> None:
+        if len(run) > 1:
+            bare = (part.replace(style, "", 1) for part in run)
+            kept.append(f"<g{style}>{''.join(bare)}</g>")
+        else:
+            kept.extend(run)
+        run.clear()
+
+    for part in re.split(f"({mark})", body):
+        found = re.search(r' style="[^"]*"', part) if re.fullmatch(mark, part) else None
+        # The opacity of a group would be that of its picture, not that of each part.
+        if part and (found is None or found[0] != style or re.search(r'["; ]opacity:', style)):
+            close()
+        if found is not None:
+            style = found[0]
+            run.append(part)
+        else:
+            kept.append(part)
+    close()
+    return "".join(kept)
+
+
 def _page_font(match: re.Match[str]) -> str:
     weight = "font-weight: bold; " if match[1] else ""
     return f"{weight}font-size: {match[2]}px"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `figure` to a .png, .svg or .pdf file on a white ground, by the ending of `path`."""
+    """Write `figure` to a .png, .svg or .pdf file on a white ground, by the ending of `path`.
+
+    The file is as large as what is drawn, which may be more or less than the canvas.
+    """
     ending = path.suffix.lower()
     metadata: dict[str, Any] = {
         ".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {},
@@ -285,5 +353,6 @@ def save(figure: Figure, path: Path) -> None:
         raise ConfigError(f'path = "{path.name}": got ending "{ending}", wanted .png, .svg or .pdf')
     with drawing():
         figure.savefig(
-            path, format=ending[1:], dpi=200, facecolor="white", metadata=metadata[ending]
-        )
+            path, format=ending[1:], dpi=300, facecolor="white", metadata=metadata[ending],
+            bbox_inches="tight", pad_inches=0.03,
+        )  # fmt: skip

@@ -10,20 +10,25 @@ from dataclasses import dataclass
 
 from fedmerge.report.ranking import METRICS, Entry, Table, comparison, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
+from fedmerge.report.statistics import ENOUGH
 
 
 @dataclass(frozen=True)
 class Findings:
     """What a comparison found.
 
-    headline: one sentence. not_won: one sentence for each setting where another method had the
-    better mean. by_setting: one sentence for each setting. caveat: the test and its limits.
+    headline: what was won, what was lost, and whether the seeds are enough to tell. not_won: one
+    sentence for each setting where another method had the better mean. by_setting: one sentence for
+    each setting. caveat: the test and its limits. name: of what the sentences are about. variants:
+    what the other FedMerge variants are, empty if there are none.
     """
 
     headline: str
     not_won: tuple[str, ...]
     by_setting: Mapping[str, str]
     caveat: str
+    name: str = "FedMerge"
+    variants: str = ""
 
 
 def findings(runs: Sequence[Run]) -> Findings:
@@ -44,24 +49,42 @@ def findings(runs: Sequence[Run]) -> Findings:
     caveat = tables[0].note if tables else ""
     settings = unique(run.column for run in runs)
     if not variants:
-        said = {name: _leader(table, name) for table in tables for name in table.settings}
+        said: dict[str, str] = {
+            name: _leader(table, name) for table in tables for name in table.settings
+        }
         headline = " ".join(_without_fedmerge(table) for table in tables)
         return Findings(headline, (), {name: said[name] for name in settings}, caveat)
     subject = variants[0]
     name = "FedMerge" if len(variants) == 1 else subject
-    headlines, said, lost = [], {}, set()
+    headlines: list[str] = []
+    fewest: list[int] = []
+    lost: set[str] = set()
+    said = {}
     for table in (table for table in tables if subject in table.methods):
         judged = [s for s in table.settings if _judged(table, subject, s)]
         headlines.append(_headline(table, subject, name, judged))
+        fewest += [table.entries[subject, s].n for s in judged]
         lost |= {s for s in judged if not table.entries[subject, s].best}
     for table in tables:
         said |= {s: _sentence(table, subject, name, s) for s in table.settings}
     return Findings(
-        headline=" ".join(headlines),
+        headline=" ".join([*headlines, *_few(fewest)]),
         not_won=tuple(said[s] for s in settings if s in lost),
         by_setting={s: said[s] for s in settings},
         caveat=caveat,
+        name=name,
+        variants=" ".join(_variant(one, subject) for one in variants if len(variants) > 1),
     )
+
+
+def _variant(method: str, subject: str) -> str:
+    """What a variant's name stands for, and how it is counted."""
+    _, _, options = method.partition(":")
+    what = f"with {options.replace(',', ', ')}" if options else "with its usual settings"
+    if "-" in method.partition(":")[0]:
+        what = "in another form"
+    role = "the sentences are about it" if method == subject else "it counts as another method"
+    return f"{method} is FedMerge {what}; {role}."
 
 
 def _accuracy(run: Run) -> float | None:
@@ -70,7 +93,17 @@ def _accuracy(run: Run) -> float | None:
 
 
 def _judged(table: Table, subject: str, setting: str) -> bool:
-    return _has(table, subject, setting) and len(_present(table, setting)) > 1
+    return _ran(table, subject, setting) and len(_runners(table, setting)) > 1
+
+
+def _few(seeds: Sequence[int]) -> list[str]:
+    """What must be said with the headline if some setting has few seeds."""
+    n = min(seeds, default=ENOUGH)
+    if n >= ENOUGH:
+        return []
+    if n == 1:
+        return ["One seed cannot tell a difference from chance."]
+    return [f"With {n} seeds only large differences can be told from chance."]
 
 
 def _number(table: Table) -> str:
@@ -87,6 +120,15 @@ def _has(table: Table, method: str, setting: str) -> bool:
     return entry is not None and finite(entry.mean)
 
 
+def _ran(table: Table, method: str, setting: str) -> bool:
+    entry = table.entries.get((method, setting))
+    return entry is not None and entry.n > 0
+
+
+def _runners(table: Table, setting: str) -> list[str]:
+    return [method for method in table.methods if _ran(table, method, setting)]
+
+
 def _present(table: Table, setting: str) -> list[str]:
     return [method for method in table.methods if _has(table, method, setting)]
 
@@ -96,48 +138,91 @@ def _mean(table: Table, method: str, setting: str) -> float:
     return float("nan") if mean is None else mean
 
 
-def _runner_up(table: Table, subject: str, setting: str) -> str:
+def _runner_up(table: Table, subject: str, setting: str) -> str | None:
+    """The best of the other methods, None if all of them diverged."""
     rivals = [method for method in _present(table, setting) if method != subject]
     sign = METRICS[table.metric].better
-    return max(rivals, key=lambda method: sign * _mean(table, method, setting))
+    return max(rivals, key=lambda method: sign * _mean(table, method, setting), default=None)
 
 
-def _distance(table: Table, one: str, other: str, setting: str) -> float:
-    """Distance of the means as they are printed, so that a reader who subtracts gets the same."""
-    return abs(round(_mean(table, one, setting), 3) - round(_mean(table, other, setting), 3))
+def _behind(table: Table, subject: str, rival: str, setting: str) -> Entry:
+    """The entry that is not the best, of a pair of which one is."""
+    ours, theirs = table.entries[subject, setting], table.entries[rival, setting]
+    return theirs if ours.best else ours
+
+
+def _distance(entry: Entry) -> float:
+    """What an entry loses to the best on the seeds that both have, NaN if there are none.
+
+    Below 0 it is the better on those, and the best has its better mean from other seeds.
+    """
+    return float("nan") if entry.behind is None else entry.behind.mean
 
 
 def _headline(table: Table, subject: str, name: str, judged: Sequence[str]) -> str:
     if not judged:
         return _alone(table, subject, name)
-    won = [s for s in judged if table.entries[subject, s].best]
-    tied = sum(table.entries[subject, s].tied for s in judged)
+    entries = {s: table.entries[subject, s] for s in judged}
+    won = [s for s in judged if entries[s].best]
     n = len(judged)
-    # "Tied" only says that few seeds show no difference, so it is never counted as a win.
-    if won:
+    if n == 1 and not won:
+        return _lost(table, subject, name, judged[0])
+    if not won:
+        text = f"{name} did not have the best {_number(table)} in any of the {n} settings"
+    else:
         share = "both" if len(won) == n == 2 else f"all {n}" if len(won) == n else None
         where = judged[0] if n == 1 else f"{share or f'{len(won)} of {n}'} settings"
         text = f"{name} had the best {_number(table)} in {where}"
-        text += f" and was within the noise of the best in {tied} more" if tied else ""
-    else:
-        where = judged[0] if n == 1 else f"any of the {n} settings"
-        text = f"{name} did not have the best {_number(table)} in {where}"
-        near = "all" if tied == n else str(tied)
-        text += f"; in {near} it was within the noise of the best" if tied and n > 1 else ""
-        text += ", but was within the noise of the best" if tied and n == 1 else ""
-    leads = {s: _distance(table, subject, _runner_up(table, subject, s), s) for s in won}
+    # "Tied" only says that the seeds show no difference, so it is never counted as a win.
+    counts = (
+        ("it could not be told from the best", sum(e.tied for e in entries.values())),
+        ("it was behind beyond chance", sum(map(_beyond_chance, entries.values()))),
+        ("it diverged", sum(e.diverged > 0 for e in entries.values())),
+    )
+    parts = [
+        f"in {'all' if count == n else f'{count} more' if won and not i else count} {words}"
+        for i, (words, count) in enumerate(counts)
+        if count
+    ]
+    text += f"; {_list(parts)}" if parts else ""
+    rivals = {s: rival for s in won if (rival := _runner_up(table, subject, s))}
+    leads = {s: _distance(_behind(table, subject, rivals[s], s)) for s in rivals}
+    leads = {s: lead for s, lead in leads.items() if lead >= 0}
+    if n == 1 and not rivals:
+        return f"{text}, where every other method diverged on some seed."
     if not leads:
         return text + "."
     widest = max(leads, key=lambda s: leads[s])
-    rival = _runner_up(table, subject, widest)
+    rival = rivals[widest]
     if leads[widest] < 0.0005:  # what would print as 0.000 is no lead
-        return f"{text}, level with {rival} to three decimals."
+        level = f"level with {rival} to three decimals"
+        return f"{text}, {level}." if n == 1 else f"{text}; at best {level}."
     behind = table.entries[rival, widest]
-    doubt = f", {_chance(behind)}" if behind.tied or behind.shared < 2 else ""
+    doubt = f", {_chance(behind)}" if behind.tied or behind.shared < min(2, behind.n) else ""
     if n == 1:
         return f"{text}, with a lead of {_format(leads[widest])} over {rival}{doubt}."
-    which = "largest lead" if len(won) > 1 else "its lead was"
+    which = "its largest lead was" if len(won) > 1 else "its lead was"
     return f"{text}; {which} {_format(leads[widest])} over {rival} in {widest}{doubt}."
+
+
+def _beyond_chance(entry: Entry) -> bool:
+    """Whether an entry is behind the best by more than chance explains."""
+    return entry.behind is not None and entry.shared > 1 and not entry.tied
+
+
+def _lost(table: Table, subject: str, name: str, setting: str) -> str:
+    """The headline about a single setting that was not won."""
+    text = f"{name} did not have the best {_number(table)} in {setting}"
+    entry = table.entries[subject, setting]
+    if entry.diverged:
+        return f"{text}: it {entry.divergence}."
+    sign = METRICS[table.metric].better
+    others = [sign * _mean(table, other, setting) for other in _present(table, setting)]
+    place = 1 + sum(value > sign * (entry.mean or 0.0) for value in others)
+    text += f": it was number {place} of {len(_runners(table, setting))}"
+    if entry.tied:
+        return f"{text}, but could not be told from the best."
+    return f"{text}, behind the best beyond chance." if _beyond_chance(entry) else f"{text}."
 
 
 def _alone(table: Table, subject: str, name: str) -> str:
@@ -161,10 +246,10 @@ def _without_fedmerge(table: Table) -> str:
         best = table.best(setting)
         if best is not None:
             led.setdefault(best, []).append(setting)
-    if not led:
-        return "FedMerge is not among these runs."
     if len(table.methods) == 1:
         return f"FedMerge is not among these runs, which hold only {table.methods[0]}."
+    if not led:
+        return "FedMerge is not among these runs."
     parts = [f"{method} in {_list(settings)}" for method, settings in led.items()]
     return (
         f"FedMerge is not among these runs; the best {_number(table)} was that of {_list(parts)}."
@@ -173,6 +258,9 @@ def _without_fedmerge(table: Table) -> str:
 
 def _leader(table: Table, setting: str) -> str:
     best = table.best(setting)
+    if len(table.methods) == 1 and _has(table, table.methods[0], setting):
+        value = _format(_mean(table, table.methods[0], setting))
+        return f"In {setting}, {table.methods[0]} had a {_number(table)} of {value}."
     if best is None:
         return f"In {setting}, no method has a finite {_number(table)}."
     value = _format(_mean(table, best, setting))
@@ -181,26 +269,40 @@ def _leader(table: Table, setting: str) -> str:
 
 def _sentence(table: Table, subject: str, name: str, setting: str) -> str:
     """One setting in one sentence, for or against the subject."""
-    if not _has(table, subject, setting):
+    if not _ran(table, subject, setting):
         return f"{name} has no {_number(table)} in {setting}. {_leader(table, setting)}"
-    if len(_present(table, setting)) == 1:
-        value = _format(_mean(table, subject, setting))
-        return f"In {setting}, {name} had {value}, with no other method to judge it by."
     ours = table.entries[subject, setting]
+    if ours.diverged:
+        return f"In {setting}, {name} {ours.divergence}. {_leader(table, setting)}"
+    mine = _format(_mean(table, subject, setting))
+    if len(_runners(table, setting)) == 1:
+        return f"In {setting}, {name} had {mine}, with no other method to judge it by."
     rival = _runner_up(table, subject, setting)
-    theirs = table.entries[rival, setting]
-    distance = _distance(table, subject, rival, setting)
-    values = [_format(_mean(table, subject, setting)), _format(_mean(table, rival, setting))]
-    if distance < 0.0005:
+    if rival is None:
+        return f"In {setting}, {name} had {mine}; every other method diverged on some seed."
+    behind = _behind(table, subject, rival, setting)
+    leader, other = (name, rival) if ours.best else (rival, name)
+    values = [mine, _format(_mean(table, rival, setting))]
+    gap = _distance(behind)
+    if behind.shared < max(ours.n, table.entries[rival, setting].n):
+        values = values if ours.best else values[::-1]
+        means = f"In {setting}, {leader} had the better mean ({values[0]} against {values[1]}), but"
+        seeds = "seed" if behind.shared == 1 else "seeds"
+        if not behind.shared:
+            return f"{means} the two have no seed in common, which says nothing."
+        ahead = leader if gap >= 0 else other
+        return (
+            f"{means} over other seeds than {other}: on the {behind.shared} {seeds} that both have,"
+            f" {ahead} was ahead by {_format(abs(gap))}, {_chance(behind)}."
+        )
+    if gap < 0.0005:
         return f"In {setting}, {name} and {rival} were level ({values[0]} against {values[1]})."
-    behind = theirs if ours.best else ours
-    leader = name if ours.best else rival
     if not ours.best:
         values.reverse()
     over = f" of {rival}" if ours.best else ""
     unit = "" if table.metric == "accuracy" else f" in {table.metric}"
     return (
-        f"In {setting}, {leader} was ahead{over} by {_format(distance)}{unit} "
+        f"In {setting}, {leader} was ahead{over} by {_format(gap)}{unit} "
         f"({values[0]} against {values[1]}), {_chance(behind)}."
     )
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedmerge.errors import ConfigError
 from fedmerge.report.drawing import FILLS, INK, PALETTE, drawing, inches, new_figure
+from fedmerge.report.overall import loss_unit, metric_of
 from fedmerge.report.runs import ClientResult, Run
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 160  # more could be told apart neither on a screen nor on paper
 MAX_BLOCKS = 8
 _NAMED_ROWS = 64
+_LETTERS = 20  # of a client's name or kind
 
 
 def row_order(weights: NDArray[np.float64]) -> list[int]:
@@ -91,7 +93,7 @@ def weights_heatmap(run: Run, part: Shown | None = None) -> Figure:
         figure = new_figure(
             5.2, tall, f"merging weights of {run.method} in {run.column}, seed {run.seed}"
         )
-        left, right, bottom = 0.21, 0.9, 0.62 / tall
+        (left, right), bottom = _sides(clients), 0.62 / tall
         top = 1 - 0.52 / tall
         width = (right - left) / len(blocks)
         for i, block in enumerate(blocks):
@@ -103,11 +105,11 @@ def weights_heatmap(run: Run, part: Shown | None = None) -> Figure:
             name = block if len(block) <= 30 // len(blocks) else block[: 30 // len(blocks)] + "…"
             axes.set_title(f"block {name}" if len(blocks) <= 3 else name, fontsize=8.5, pad=5)
             axes.set_yticks([])
-            if i == len(blocks) - 1:
+            if i == (len(blocks) - 1 if _kinds_known(clients) else 0):
                 _name_rows(axes, clients)
         strip = figure.add_axes((left - 0.03, bottom, 0.022, top - bottom))
         kind_strip(strip, [client.kind for client in clients])
-        _scale_bar(figure, part.scale, left, right, tall)
+        _scale_bar(figure, part.scale, right, tall)
         sampled = [] if len(clients) == m else [f"{len(clients)} of {m} clients"]
         sampled += [] if len(blocks) == b else [f"{len(blocks)} of {b} blocks"]
         what = "merging weights" + (f" ({', '.join(sampled)})" if sampled else "")
@@ -116,7 +118,7 @@ def weights_heatmap(run: Run, part: Shown | None = None) -> Figure:
 
 
 def importance_map(run: Run, part: Shown | None = None) -> Figure:
-    """Draw what each client loses when one global model is taken out of its mix, nats.
+    """Draw by how much each client's loss rises when one global model is taken out of its mix.
 
     The rows are those of `weights_heatmap`. Purple cells, of the opposite sign, are models without
     which the client would do better. Raises ConfigError if the run has no such numbers.
@@ -134,11 +136,10 @@ def importance_map(run: Run, part: Shown | None = None) -> Figure:
         figure = new_figure(
             5.2, tall, f"worth of each global model to each client of {run.column}, seed {run.seed}"
         )
-        left, right, bottom = 0.21, 0.9, 0.62 / tall
+        (left, right), bottom = _sides(clients), 0.62 / tall
         top = 1 - 0.52 / tall
         axes = figure.add_axes((left, bottom, right - left, top - bottom))
-        image = _opacity(np.sqrt(np.abs(values) / scale), "green")
-        image[values < 0, :3] = _opacity(np.ones(1), "purple")[0, :3]
+        image = _signed(np.sign(values) * np.sqrt(np.abs(values) / scale))
         _panel(axes, image, "importance")
         d = values.shape[1]
         step = max(1, math.ceil(d / 20))
@@ -147,24 +148,41 @@ def importance_map(run: Run, part: Shown | None = None) -> Figure:
         _name_rows(axes, clients)
         strip = figure.add_axes((left - 0.03, bottom, 0.022, top - bottom))
         kind_strip(strip, [client.kind for client in clients])
-        _scale_bar(figure, scale, left, right, tall, "green", "nats (root scale)")
-        figure.text(0.012, 1 - 0.17 / tall, "what is lost without a model, column = global model")
+        unit = loss_unit(metric_of([run]))
+        _scale_bar(figure, scale, right, tall, f"{unit} (root scale)", signed=True)
+        what = "rise of the loss without a model, column = global model"
+        figure.text(0.012, 1 - 0.17 / tall, what)
         return figure
 
 
 def _panel(axes: Axes, image: NDArray[np.float64], gid: str) -> None:
     axes.imshow(image, aspect="auto", interpolation="none", interpolation_stage="rgba", gid=gid)
     axes.set_xticks([])
-    axes.tick_params(length=0, labelsize=7.5, pad=3)
+    axes.tick_params(length=0, labelsize=8, pad=3)
     axes.spines[:].set_visible(True)
     axes.spines[:].set_alpha(0.35)
 
 
+def _kinds_known(clients: Sequence[ClientResult]) -> bool:
+    return any(client.kind is not None for client in clients)
+
+
+def _sides(clients: Sequence[ClientResult]) -> tuple[float, float]:
+    """Where the cells begin and end, so that there is room for kinds at the left and names at the
+    right, or for names at the left where no kind is known.
+    """
+    names = [cut(client.id, _LETTERS) for client in clients] if len(clients) <= _NAMED_ROWS else []
+    kinds = [cut(client.kind, _LETTERS) for client in clients if client.kind is not None]
+    named, kind = (0.02 + 0.0125 * max(map(len, some), default=0) for some in (names, kinds))
+    return (max(0.1, kind + 0.04), 1 - max(0.04, named)) if kinds else (max(0.04, named), 0.97)
+
+
 def _name_rows(axes: Axes, clients: Sequence[ClientResult]) -> None:
     if len(clients) <= _NAMED_ROWS:
-        axes.set_yticks(range(len(clients)), [cut(c.id, 7) for c in clients])
-        axes.get_yaxis().tick_right()
-        axes.tick_params(axis="y", labelsize=6.4, pad=2)
+        axes.set_yticks(range(len(clients)), [cut(c.id, _LETTERS) for c in clients])
+        if _kinds_known(clients):
+            axes.get_yaxis().tick_right()
+        axes.tick_params(axis="y", labelsize=8, pad=3)
 
 
 def _opacity(share: NDArray[np.float64], colour: str = "accent") -> NDArray[np.float64]:
@@ -177,27 +195,38 @@ def _opacity(share: NDArray[np.float64], colour: str = "accent") -> NDArray[np.f
     return image
 
 
-def kind_strip(axes: Axes, kinds: Sequence[str | None], coloured: bool = True) -> None:
+def kind_strip(
+    axes: Axes, kinds: Sequence[str | None], coloured: bool = True, letters: int = _LETTERS
+) -> None:
     """A colour for each kind (or plain ink, where colour means something else), and its name
     wherever a stretch of it is tall enough for text.
     """
     axes.set_axis_off()
     axes.set_xlim(0, 1)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
-    known = sorted({kind for kind in kinds if kind is not None})
-    if not known:
+    family = families(kinds)
+    if not family:
         return
+    known = sorted(set(family.values()))
     points = inches(axes) * 72 / len(kinds)
-    for start, stop, kind in groups(kinds):
+    named = kinds if points >= 8 else [family.get(kind or "") for kind in kinds]
+    for start, stop, kind in groups(named):
         if kind is None:
             continue
         middle, height = (start + stop - 1) / 2, stop - start - 0.12
-        colour = FILLS[known.index(kind) % len(FILLS)] if coloured else INK
+        colour = FILLS[known.index(family.get(kind, kind)) % len(FILLS)] if coloured else INK
         axes.barh(middle, 1, height=height, color=colour, lw=0, alpha=1 if coloured else 0.3)
-        if (stop - start) * points >= 6.5:
-            size = 8 if (stop - start) * points >= 9 else 6.4
-            axes.text(-0.45, (start + stop - 1) / 2, cut(kind, 13), ha="right",
-                      va="center_baseline", fontsize=size)  # fmt: skip
+        if (stop - start) * points >= 8:
+            axes.text(-0.45, middle, cut(kind, letters), ha="right", va="center_baseline",
+                      fontsize=8)  # fmt: skip
+
+
+def families(kinds: Sequence[str | None]) -> dict[str, str]:
+    """What each known kind is coloured by: itself, or, if there are more kinds than colours, its
+    name up to a bracket ("teacher 2" of "teacher 2 (0.7)").
+    """
+    known = sorted({kind for kind in kinds if kind is not None})
+    return {kind: kind.partition(" (")[0] if len(known) > len(FILLS) else kind for kind in known}
 
 
 def groups(kinds: Sequence[str | None]) -> list[tuple[int, int, str | None]]:
@@ -207,29 +236,38 @@ def groups(kinds: Sequence[str | None]) -> list[tuple[int, int, str | None]]:
     return [(a, b, kinds[a]) for a, b in pairwise(edges)]
 
 
+def _signed(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Green whose opacity is the share, purple where it is negative: (*share, 4)."""
+    image = _opacity(np.abs(share), "green")
+    image[share < 0, :3] = _opacity(np.ones(1), "purple")[0, :3]
+    return image
+
+
 def _scale_bar(
     figure: Figure,
     scale: float,
-    left: float,
     right: float,
     height: float,
-    colour: str = "accent",
     name: str = "weight",
+    signed: bool = False,
 ) -> None:
-    axes = figure.add_axes((right - 0.26, 0.26 / height, 0.24, 0.09 / height))
-    image = _opacity(np.linspace(0, 1, 64)[None], colour)
-    axes.imshow(image, aspect="auto", interpolation="none", extent=(0, scale, 0, 1))
+    axes = figure.add_axes((right - 0.28, 0.26 / height, 0.26, 0.09 / height))
+    low = -scale if signed else 0.0
+    share = np.linspace(low / scale, 1, 65)[None]
+    image = _signed(share) if signed else _opacity(share)
+    axes.imshow(image, aspect="auto", interpolation="none", extent=(low, scale, 0, 1))
     axes.set_yticks([])
-    axes.set_xticks([0, scale], ["0", f"{scale:.2g}"])
-    axes.tick_params(length=0, pad=2, labelsize=7.5)
+    ticks = sorted({low, 0.0, scale})
+    axes.set_xticks(ticks, [f"{tick:.2g}".replace("-", "−") for tick in ticks])
+    axes.tick_params(length=0, pad=2, labelsize=8)
     axes.spines[:].set_visible(True)
     axes.spines[:].set_alpha(0.35)
-    figure.text(right - 0.275, 0.265 / height, name, ha="right", fontsize=7.5)
+    figure.text(right - 0.3, 0.265 / height, name, ha="right", fontsize=8)
 
 
 def height(rows: int) -> float:
     """Inches of a picture with this many rows."""
-    return 1.2 + min(max(0.125 * rows, 0.9), 6.4)
+    return 1.2 + min(max(0.14 * rows, 0.9), 7.6)
 
 
 def sample(n: int, most: int) -> list[int]:

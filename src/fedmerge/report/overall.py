@@ -5,8 +5,9 @@ It counts and compares what `ranking` has computed for single settings; it draws
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,8 @@ from fedmerge.report.statistics import (
 class Regret:
     """What one method loses to the best of each setting, by mean over seeds.
 
-    losses: by setting, 0 where it is the best; a setting without a finite number of it is missing.
+    losses: by setting, 0 where it is the best, infinite where it diverged. missing: settings in
+    which others ran and it did not.
     """
 
     method: str
@@ -54,8 +56,9 @@ class Regret:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Average ranks over the settings in which every ranked method has a finite number.
+    """Average ranks over the settings in which every ranked method ran.
 
+    A method that diverged in a setting ranks last there.
     means: by method, best first. left_out: methods that lack more than half of the settings; they
     would take all others' settings away. p: Friedman's test; difference: Nemenyi's critical
     difference; both None with fewer than two settings or three methods.
@@ -73,7 +76,8 @@ class Duel:
     """Our method minus one rival in one setting; above 0 is ours better.
 
     by_seed: decides, with p corrected by Holm over the rivals of the setting, None where there was
-    no test.
+    no test: with fewer than two seeds in common, or where one of the two diverged, since the seeds
+    that are left say nothing of that.
     by_client: the two-stage bootstrap, as a description.
     """
 
@@ -103,6 +107,8 @@ def regrets(table: Table) -> tuple[Regret, ...]:
                 top = table.entries[best, setting].mean
                 # Adding 0 makes -0 what it is.
                 losses[setting] = sign * ((top or 0.0) - (entry.mean or 0.0)) + 0.0
+            elif best is not None and entry.diverged:
+                losses[setting] = math.inf
         missing = tuple(s for s in table.settings if s not in losses and table.best(s) is not None)
         found.append(Regret(method, losses, missing))
     return tuple(found)
@@ -116,9 +122,9 @@ def ranking(tables: Sequence[Table]) -> Ranking:
         sign = METRICS[table.metric].better
         for setting in table.settings:
             column[setting] = {
-                name: sign * (entry.mean or 0.0)
+                name: -math.inf if entry.diverged else sign * (entry.mean or 0.0)
                 for name in table.methods
-                if finite((entry := table.entries[name, setting]).mean)
+                if (entry := table.entries[name, setting]).n
             }
     held = {name: sum(name in seen for seen in column.values()) for name in methods}
     kept = [name for name in methods if 2 * held[name] > len(column)]
@@ -158,10 +164,13 @@ def duels(runs: Sequence[Run], subject: str, model: str = "merged") -> tuple[Due
             if rival == subject or not shared:
                 continue
             pairs = [(read(mine[s], model, "last"), read(theirs[s], model, "last")) for s in shared]
-            gaps = [sign * (a - b) for a, b in pairs if a is not None and b is not None]
+            known = [(a, b) for a, b in pairs if a is not None and b is not None]
+            gaps = [sign * (a - b) for a, b in known if finite(a) and finite(b)]
             clients = [_client_gaps(mine[s], theirs[s], metric, model) * sign for s in shared]
             if gaps:
                 by_seed = paired_interval(gaps)
+                if len(gaps) < len(known):
+                    by_seed = replace(by_seed, p=None)
                 found.append((rival, setting, by_seed, cluster_bootstrap(clients)))
     decided: list[Duel] = []
     for setting in unique(duel[1] for duel in found):
@@ -177,6 +186,11 @@ def metric_of(runs: Sequence[Run]) -> str:
     """Accuracy where any of `runs` has one, else the loss."""
     read = METRICS["accuracy"].read
     return "accuracy" if any(read(run, "merged", "last") is not None for run in runs) else "loss"
+
+
+def loss_unit(metric: str) -> str:
+    """Unit of the loss where `metric` decides: a setting without accuracy is a regression."""
+    return "nats" if metric == "accuracy" else "squared error"
 
 
 def overviews(runs: Sequence[Run], model: str = "merged", at: str = "last") -> list[Table]:

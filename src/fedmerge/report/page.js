@@ -69,41 +69,108 @@
       });
     }
 
-    const readout = panel.querySelector(".readout");
+    const who = (row) => {
+      const client = data.clients.find((one) => one.index === kept.clients[row]);
+      if (!client) return `client number ${kept.clients[row] + 1}`;
+      return client.id + (client.kind === null ? "" : `, ${client.kind}`);
+    };
+    cells(figure, images, rows, models, (block, row, model) => {
+      const weight = bytes[start(now, block) + row * models + model] / 255 * kept.scale;
+      return `${who(row)}: weight ${weight.toFixed(2)} of model ${model + 1}, ` +
+        `block ${data.blocks[block] ?? block}, round ${kept.rounds[now]}`;
+    });
+    const worth = panel.querySelector(".worth");
+    if (worth) {
+      cells(worth, [...worth.querySelectorAll("image")].slice(0, 1), rows, models, (_, row, model) => {
+        const client = data.clients.find((one) => one.index === kept.clients[row]);
+        const value = client?.worth[model] ?? null;
+        const text = value === null ? "unknown" : minus((value / 1000).toFixed(3));
+        return `${who(row)}: model ${model + 1} is worth ${text}`;
+      });
+    }
+  }
+
+  // The cells of a picture are read out under the pointer, or under a frame that arrow keys move.
+  function cells(figure, images, rows, columns, say) {
+    const svg = figure.querySelector("svg"), readout = figure.querySelector(".readout");
     const resting = readout.textContent;
+    const frame = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    let at = [0, 0, 0];
+    figure.classList.add("lively");
+    svg.setAttribute("tabindex", "0");
+    svg.setAttribute("role", "application");
+    for (const [name, value] of [["class", "cell"], ["width", 1], ["height", 1]]) {
+      frame.setAttribute(name, value);
+    }
+    function go(block, row, column) {
+      at = [block, row, column];
+      frame.setAttribute("transform", images[block].getAttribute("transform"));
+      frame.setAttribute("x", column);
+      frame.setAttribute("y", row);
+      images[block].after(frame);
+      readout.textContent = say(block, row, column);
+    }
+    function rest() {
+      frame.remove();
+      readout.textContent = resting;
+    }
+    const within = (value, count) => Math.min(Math.max(value, 0), count - 1);
+    svg.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const [block, row, column] = at;
+      if (!frame.isConnected) return go(block, row, column);
+      // All blocks are one row of cells, left to right.
+      const place = within(block * columns + column + step[1], images.length * columns);
+      go(Math.floor(place / columns), within(row + step[0], rows), place % columns);
+    });
+    svg.addEventListener("blur", rest);
     images.forEach((image, block) => {
       image.addEventListener("pointermove", (event) => {
         const box = image.getBoundingClientRect();
         const row = Math.floor((event.clientY - box.top) / box.height * rows);
-        const model = Math.floor((event.clientX - box.left) / box.width * models);
-        if (row < 0 || row >= rows || model < 0 || model >= models) return;
-        const client = data.clients.find((one) => one.index === kept.clients[row]);
-        const weight = bytes[start(now, block) + row * models + model] / 255 * kept.scale;
-        const name = client ? client.id + (client.kind === null ? "" : `, ${client.kind}`) : "";
-        readout.textContent = `${name}: weight ${weight.toFixed(2)} of model ${model + 1}, ` +
-          `block ${data.blocks[block] ?? block}, round ${kept.rounds[now]}`;
+        const column = Math.floor((event.clientX - box.left) / box.width * columns);
+        if (row >= 0 && row < rows && column >= 0 && column < columns) go(block, row, column);
       });
-      image.addEventListener("pointerleave", () => { readout.textContent = resting; });
+      image.addEventListener("pointerleave", rest);
     });
   }
 
   // ---- one client
 
-  function bars(title, values, names, style, words) {
+  // The nearest of `points` in direction `way`, where what lies aside counts as farther; or none.
+  function neighbour(points, from, way) {
+    const place = (point) => point.getAttribute("transform").match(/-?[\d.]+/g).map(Number);
+    const [x, y] = place(from);
+    let next = null, least = Infinity;
+    for (const point of points) {
+      const [dx, dy] = [place(point)[0] - x, place(point)[1] - y];
+      const along = dx * way[0] + dy * way[1], aside = Math.abs(dx * way[1]) + Math.abs(dy * way[0]);
+      if (along > 0 && along + 2 * aside < least) [next, least] = [point, along + 2 * aside];
+    }
+    return next;
+  }
+
+  // Bars between `low` and `high`, which are written beside the title: all of a kind share them.
+  function bars(title, values, names, style, words, low, high) {
     const part = make("div"), chart = make("div", undefined, `bars ${style}`);
-    const axis = make("div", undefined, "axis");
-    const most = Math.max(...values, 1e-9);
-    part.append(make("h5", title));
+    const axis = make("div", undefined, "axis"), head = make("h5", title);
+    const share = (value) => `${value / (high - low) * 100}%`;
+    head.append(make("small", `${words(low)} to ${words(high)}`));
+    chart.style.setProperty("--zero", share(-low));
     chart.setAttribute("role", "img");
     chart.setAttribute("aria-label", values.map((v, i) => `${names[i]}: ${words(v)}`).join(", "));
     values.forEach((value, i) => {
-      const bar = make("i");
-      bar.style.height = `${Math.max(0, value) / most * 100}%`;
-      bar.title = `${names[i]}: ${words(value)}`;
-      chart.append(bar);
+      const column = make("span"), bar = make("i", undefined, value < 0 ? "below" : "");
+      bar.style.height = share(Math.abs(value));
+      bar.style.bottom = share(Math.min(value, 0) - low);
+      column.title = `${names[i]}: ${words(value)}`;
+      column.append(bar);
+      chart.append(column);
       axis.append(make("span", values.length <= 30 ? names[i] : ""));
     });
-    part.append(chart, axis);
+    part.append(head, chart, axis);
     return part;
   }
 
@@ -113,11 +180,10 @@
       .filter((one) => one.value !== null);
     const sign = data.metric === "accuracy" ? -1 : 1;
     known.sort((a, b) => sign * (a.value - b.value));
-    const most = Math.max(...known.map((one) => one.value), 1);
+    const most = data.metric === "accuracy" ? 1000 : Math.max(...known.map((one) => one.value), 1);
     for (const { value, method } of known) {
       const item = make("li", undefined, method.name === data.ours ? "ours" : "");
       const bar = make("i"), name = make("b", method.name);
-      name.title = method.name;
       bar.style.width = `${value / most * 100}%`;
       item.append(name, bar, make("span", (value / 1000).toFixed(3)));
       list.append(item);
@@ -129,6 +195,7 @@
   function clients(panel, data) {
     const picker = panel.querySelector(".picker select"), card = panel.querySelector(".card");
     if (!picker) return;
+    const points = [...panel.querySelectorAll(".point")];
     const count = (n) => `${n}`, share = (w) => (w / 100).toFixed(2);
     function show() {
       const client = data.clients[picker.value];
@@ -137,22 +204,31 @@
         make("p", `${client.n[0]} to train, ${client.n[1]} to validate, ${client.n[2]} to test`));
       if (client.kind !== null) size.append(make("p", `true kind: ${client.kind}`));
       card.replaceChildren(size);
+      const numbers = (values) => values.map((_, i) => `${i + 1}`);
       if (client.labels.length) {
         card.append(bars("examples of each label", client.labels,
-          client.labels.map((_, i) => `${i}`), "", count));
+          client.labels.map((_, i) => `${i}`), "", count, 0, Math.max(...client.labels, 1)));
       }
       (client.row ?? []).slice(0, 8).forEach((row, block) => {
-        card.append(bars(`weights, block ${data.blocks[block] ?? block}`, row,
-          row.map((_, i) => `${i + 1}`), "ours", share));
+        card.append(bars(`weights, block ${data.blocks[block] ?? block}`, row, numbers(row), "ours",
+          share, 0, Math.round(data.weights.scale * 100)));
       });
       if (client.worth.length) {
-        card.append(bars("worth of each model, nats", client.worth.map((w) => (w ?? 0) / 1000),
-          client.worth.map((_, i) => `${i + 1}`), "worth", (w) => minus(w.toFixed(3))));
+        const worth = client.worth.map((w) => (w ?? 0) / 1000);
+        card.append(bars(`worth of each model, ${data.unit}`, worth, numbers(worth), "worth",
+          (w) => minus(w.toFixed(3)), Math.min(...worth, 0), Math.max(...worth, 0.001)));
       }
       card.append(scores(client, data));
-      for (const point of panel.querySelectorAll(".point")) {
-        point.classList.toggle("on", Number(point.dataset.client) === client.index);
+      for (const point of points) {
+        const on = Number(point.dataset.client) === client.index;
+        point.classList.toggle("on", on);
+        point.setAttribute("aria-pressed", on);
+        point.setAttribute("tabindex", on ? 0 : -1);
       }
+    }
+    function pick(point) {
+      picker.value = data.clients.findIndex((one) => one.index === Number(point.dataset.client));
+      show();
     }
     picker.addEventListener("change", show);
     for (const button of panel.querySelectorAll(".step")) {
@@ -162,10 +238,18 @@
         show();
       });
     }
-    for (const point of panel.querySelectorAll(".point")) {
-      point.addEventListener("click", () => {
-        picker.value = data.clients.findIndex((one) => one.index === Number(point.dataset.client));
-        show();
+    if (points.length) points[0].ownerSVGElement.setAttribute("role", "group");
+    for (const point of points) {
+      point.setAttribute("role", "button");
+      point.addEventListener("click", () => pick(point));
+      point.addEventListener("keydown", (event) => {
+        const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+        if (!way) return;
+        event.preventDefault();
+        const next = neighbour(points, point, way);
+        if (!next) return;
+        pick(next);
+        next.focus();
       });
     }
     show();
@@ -182,17 +266,60 @@
       title.textContent = method ? method.name : "";
       line.prepend(title);
     }
+    const hues = figures.length ? figures[0].dataset.hues.split(" ") : [];
+    const grey = (button) => button.querySelector(".swatch").style.background.includes("--grey");
+
+    // A grey line is given a colour that no other pressed one has, and its name at its end.
+    function light() {
+      const pressed = buttons.filter((one) => one.getAttribute("aria-pressed") === "true");
+      const colours = new Map();
+      for (const button of pressed.filter((one) => !grey(one))) {
+        colours.set(button, button.querySelector(".swatch").style.background);
+      }
+      pressed.filter(grey).forEach((button, i) => {
+        const free = hues.filter((hue) => ![...colours.values()].includes(hue));
+        colours.set(button, free[0] ?? hues[i % hues.length]);
+      });
+      for (const figure of figures) {
+        figure.classList.toggle("lit", pressed.length > 0);
+        for (const old of figure.querySelectorAll(".on, .called")) {
+          old.classList.remove("on");
+          if (old.matches(".called")) old.remove();
+        }
+        const taken = [];
+        for (const button of pressed) {
+          const at = button.dataset.method;
+          for (const kind of ["method", "band", "label"]) {
+            for (const part of figure.querySelectorAll(`[data-${kind}="${at}"]`)) {
+              part.classList.add("on");
+              part.style.setProperty("--on", colours.get(button));
+            }
+          }
+          const line = figure.querySelector(`[data-method="${at}"] path`);
+          if (line && !figure.querySelector(`[data-label="${at}"]`)) {
+            call(line, button.textContent, colours.get(button), taken);
+          }
+        }
+      }
+    }
+    function call(line, name, colour, taken) {
+      const end = line.getPointAtLength(line.getTotalLength());
+      const text = document.createElementNS("http://www.w3.org/2000/svg", "text");
+      let y = end.y - 5;
+      while (taken.some((other) => Math.abs(other - y) < 10)) y -= 10;
+      taken.push(y);
+      text.textContent = name;
+      text.setAttribute("class", "called");
+      text.setAttribute("x", end.x);
+      text.setAttribute("y", y);
+      text.setAttribute("text-anchor", "end");
+      text.style.fill = colour;
+      line.ownerSVGElement.append(text);
+    }
     for (const button of buttons) {
       button.addEventListener("click", () => {
         button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") !== "true");
-        const on = buttons.filter((one) => one.getAttribute("aria-pressed") === "true")
-          .map((one) => one.dataset.method);
-        for (const figure of figures) {
-          figure.classList.toggle("lit", on.length > 0);
-          for (const line of figure.querySelectorAll("g[data-method]")) {
-            line.classList.toggle("on", on.includes(line.dataset.method));
-          }
-        }
+        light();
       });
     }
   }
@@ -209,16 +336,35 @@
     clients(panel, data);
   }
   const tabs = [...document.querySelectorAll('input[name="setting"]')];
+  const turn = document.getElementById("turn");
   function seen() {
     const tab = tabs.find((one) => one.checked);
-    enliven(document.getElementById(tab ? tab.id.replace("tab", "setting") : "setting-1"));
+    if (turn && tab) turn.value = tab.id.replace("tab-", "");
+    const panel = document.getElementById(tab ? tab.id.replace("tab", "setting") : "setting-1");
+    if (panel) enliven(panel);
+  }
+  // A setting is chosen by tab, list, button or address, and then stands in the address.
+  function choose(number) {
+    document.getElementById(`tab-${number}`).checked = true;
+    history.replaceState(null, "", `#setting-${number}`);
+    seen();
   }
   function follow() {
     const tab = document.getElementById(location.hash.replace("#setting-", "tab-"));
     if (tab && tabs.includes(tab)) tab.checked = true;
     seen();
   }
-  for (const tab of tabs) tab.addEventListener("change", seen);
+  for (const tab of tabs) tab.addEventListener("change", () => choose(tab.id.replace("tab-", "")));
+  if (turn) {
+    document.querySelector(".sticky").hidden = false;
+    turn.addEventListener("change", () => choose(turn.value));
+    for (const button of document.querySelectorAll(".turn")) {
+      button.addEventListener("click", () => {
+        const n = tabs.length;
+        choose((Number(turn.value) - 1 + Number(button.dataset.step) + n) % n + 1);
+      });
+    }
+  }
   addEventListener("hashchange", follow);
   follow();
 })();

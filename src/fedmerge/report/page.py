@@ -19,14 +19,15 @@ from typing import Any
 from fedmerge.errors import MissingExtraError, StateError
 from fedmerge.report import figures
 from fedmerge.report.about import configuration, facts, notices
-from fedmerge.report.drawing import PALETTE, Style, method_styles
+from fedmerge.report.drawing import PALETTE, Style, method_styles, night
 from fedmerge.report.findings import findings
+from fedmerge.report.fit import fitted, share
 from fedmerge.report.overall import Ranking, overviews, ranking, regrets
 from fedmerge.report.panels import cell, method_name, panel, some
 from fedmerge.report.ranking import METRICS, Table, comparison, unique
 from fedmerge.report.reading import load_runs, unfinished
 from fedmerge.report.runs import Run, finite
-from fedmerge.report.statistics import MARGIN, SIGNIFICANCE
+from fedmerge.report.statistics import ENOUGH, MARGIN, SIGNIFICANCE
 from fedmerge.report.tables import models_text, value_text
 from fedmerge.report.totals import totals
 
@@ -73,7 +74,7 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     content = page_content(runs, unfinished(folder))
-    page = environment.get_template("page.html").render(content).lstrip()
+    page = fitted(environment.get_template("page.html").render, content).lstrip()
     path = folder / "report.html"
     try:
         _replace(path, page)
@@ -115,6 +116,7 @@ def page_content(runs: Sequence[Run], open_runs: Sequence[str]) -> dict[str, Any
         "notices": notices(runs, open_runs),
         "groups": groups,
         "views": _views(runs, methods, styles),
+        "compared": len(methods) > 1,
         "few": min(len({run.seed for run in part}) for part in of_column.values()),
         "regret": [
             figures.to_svg(figures.regret_picture(part, table.metric, styles))
@@ -125,13 +127,22 @@ def page_content(runs: Sequence[Run], open_runs: Sequence[str]) -> dict[str, Any
         if len(sums.ranking.means) > 1
         else None,
         "panels": [
-            panel(one["column"], of_column[one["column"]], styles, sums.duels)
+            panel(
+                one["column"],
+                of_column[one["column"]],
+                styles,
+                sums.subject,
+                sums.duels,
+                share(len(of_column)),
+            )
             for group in groups
             for one in group["settings"]
         ],
         "configuration": configuration(runs),
         "palette": PALETTE,
+        "night": night(),
         "margin": MARGIN,
+        "enough": ENOUGH,
         "significance": SIGNIFICANCE,
         "script": script,
         "script_hash": f"sha256-{digest}",
@@ -155,26 +166,26 @@ def _groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _views(
     runs: Sequence[Run], methods: Sequence[str], styles: Mapping[str, Style]
 ) -> list[dict[str, Any]]:
-    """The tables over all settings, one view for each number that some run has."""
+    """The tables over all settings, one view for each number that some run has; and the costs."""
     views = []
     for name, metric, model, at in _VIEWS:
         tables = [comparison(runs, model, metric, at)] if metric else overviews(runs, model, at)
         tables = [table for table in tables if some(table)]
         if tables:
-            ranked = ranking(tables) if metric is None else None
-            shown = [_table(table, runs, ranked, methods, styles) for table in tables]
-            views.append({"name": name, "tables": shown})
-    return views
+            ranked = ranking(tables) if metric is None and len(methods) > 1 else None
+            shown = [_table(table, ranked, methods, styles) for table in tables]
+            views.append({"name": name, "tables": shown, "costs": None})
+    costs = _costs(runs, methods, styles)
+    return [*views, {"name": "cost", "tables": [], "costs": costs}]
 
 
 def _table(
     table: Table,
-    runs: Sequence[Run],
     ranked: Ranking | None,
     methods: Sequence[str],
     styles: Mapping[str, Style],
 ) -> dict[str, Any]:
-    """A table over settings; with `ranked`, it has the columns of rank, regret and cost, too."""
+    """A table over settings; with `ranked`, it has the columns of rank and regret, too."""
     settings = [
         name
         for name in table.settings
@@ -190,7 +201,6 @@ def _table(
                 "–" if rank is None else f"{rank:.1f}",
                 value_text("accuracy", regret.largest),
                 value_text("accuracy", regret.mean),
-                *(_cost(runs, method, metric) for _, metric in _COSTS),
             ]
         rows.append(
             {
@@ -204,9 +214,24 @@ def _table(
         "note": table.note,
         "settings": settings,
         "whole": ranked is not None,
-        "costs": [heading for heading, _ in _COSTS],
         "rows": rows,
         "wide": len(settings) > 6,
+    }
+
+
+def _costs(
+    runs: Sequence[Run], methods: Sequence[str], styles: Mapping[str, Style]
+) -> dict[str, Any]:
+    """What each method costs, in models."""
+    return {
+        "headings": [heading for heading, _ in _COSTS],
+        "rows": [
+            {
+                **method_name(method, styles),
+                "values": [_cost(runs, method, metric) for _, metric in _COSTS],
+            }
+            for method in methods
+        ],
     }
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from fedmerge.report import clients as of_clients
 from fedmerge.report import figures
-from fedmerge.report.drawing import PALETTE, Style
-from fedmerge.report.overall import Duel, metric_of
+from fedmerge.report.curves import MANY_SEEDS
+from fedmerge.report.drawing import PALETTE, Style, apart
+from fedmerge.report.overall import Duel, loss_unit, metric_of
 from fedmerge.report.ranking import METRICS, Entry, Table, comparison, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
 from fedmerge.report.tables import entry_text, mark, value_text
@@ -38,30 +39,41 @@ _COLUMNS = (
 
 
 def panel(
-    name: str, runs: Sequence[Run], styles: Mapping[str, Style], duels: Sequence[Duel]
+    name: str,
+    runs: Sequence[Run],
+    styles: Mapping[str, Style],
+    subject: str | None,
+    duels: Sequence[Duel],
+    room: float = 200_000,
 ) -> dict[str, Any]:
-    """Return the content of one setting; pictures that cannot be drawn are None."""
+    """Return the content of one setting; pictures that cannot be drawn are None.
+
+    subject: the method that the whole page is about, even where another variant of it did better.
+    room: bytes that its clients and their weights may take; of too many, a sample is shown.
+    """
     metric = metric_of(runs)
     main = comparison(runs, "merged", metric)
     tables = [(heading, comparison(runs, model, key, at)) for heading, key, model, at in _COLUMNS]
     tables = [(heading, table) for heading, table in tables if some(table)]
     methods = ordered(main, name)
-    ours = next((method for method in methods if is_fedmerge(method)), None)
+    ours = subject if subject in methods else None
     rivals = [method for method in methods if not is_fedmerge(method)]
     rival = "fedavg" if "fedavg" in rivals else rivals[0] if rivals else None
     mine = [run for run in runs if run.method == ours]
     theirs = [run for run in runs if run.method == rival]
-    focus = focused(methods)
+    focus = focused(methods, subject)
+    styles = apart(styles, focus or methods)
     pairs = figures.client_pairs(mine, theirs)
     gaps = any(finite(point.gap_test) for run in runs for point in run.log)
     fought = [duel for duel in duels if duel.setting == name]
     return {
         "name": name,
         "metric": metric,
+        "unit": loss_unit(metric),
         "columns": [heading for heading, _ in tables],
         "rows": [
             {
-                **method_name(method, styles),
+                **method_name(method, styles, focus),
                 "cells": [cell(table, method, name) for _, table in tables],
                 "behind": _behind(main.entries[method, name]),
                 "chosen": _chosen([run for run in runs if run.method == method]),
@@ -69,7 +81,9 @@ def panel(
             for method in methods
         ],
         "tuned": any(run.chosen for run in runs),
+        "diverged": any(entry.diverged for entry in main.entries.values()),
         "focus": focus,
+        "many_seeds": MANY_SEEDS,
         "curves": figures.to_svg(figures.learning_curves(runs, styles=styles, focus=focus)),
         "gap": figures.to_svg(figures.gap_over_rounds(runs, styles=styles, focus=focus))
         if gaps
@@ -80,28 +94,37 @@ def panel(
         "scatter": figures.to_svg(figures.client_scatter(mine, theirs)) if pairs else None,
         "ours": ours,
         "rival": rival,
-        **_clients(runs, mine or runs, methods, styles),
+        **_clients(runs, ours, methods, styles, room),
     }
 
 
 def _clients(
-    runs: Sequence[Run], mine: Sequence[Run], methods: Sequence[str], styles: Mapping[str, Style]
+    runs: Sequence[Run],
+    ours: str | None,
+    methods: Sequence[str],
+    styles: Mapping[str, Style],
+    room: float,
 ) -> dict[str, Any]:
-    """The heat maps, the client map and the cards: of one seed, as clients differ between seeds."""
+    """The heat maps, the client map and the cards: of one seed, as clients differ between seeds.
+
+    ours: the method whose clients are shown, any if None.
+    """
+    mine = [run for run in runs if ours is None or run.method == ours]
     subject = next((run for run in mine if run.weights is not None and run.weights.size), mine[0])
     same = {run.method: run for run in runs if run.seed == subject.seed}
     shown = [method for method in methods if method in same]
+    most = of_clients.most_clients(subject, len(shown), 0.75 * room)
     data: dict[str, Any] = {
         "methods": [{"name": name, "index": styles[name].index} for name in shown],
-        "ours": subject.method,
-        **of_clients.cards(subject, [same[name] for name in shown]),
+        "ours": ours or "",
+        **of_clients.cards(subject, [same[name] for name in shown], most),
     }
     content: dict[str, Any] = {"subject": subject, "heatmap": None, "worth": None, "map": None}
     if subject.weights is not None and subject.weights.size and subject.clients:
-        rounds, weights = of_clients.history(subject)
+        rounds, weights = of_clients.history(subject, min(of_clients.MAX_BYTES, 0.18 * room))
         part = of_clients.part_of(subject, weights)
         against: dict[str, Run] = {name: same[name] for name in ("fedavg", "local") if name in same}
-        content["map"] = of_clients.client_map(subject, against, weights)
+        content["map"] = of_clients.client_map(subject, against, weights, most)
         content["heatmap"] = figures.to_svg(figures.weights_heatmap(subject, part))
         if all(client.importance for client in subject.clients):
             content["worth"] = figures.to_svg(figures.importance_map(subject, part))
@@ -109,9 +132,13 @@ def _clients(
         data["path"] = content["map"].pop("path")
         content["rounds"] = rounds.tolist()
     content["listed"] = _listed(subject, same, data)
-    # "</script>" in a name would end the element that holds the data.
-    content["data"] = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    content["data"] = embedded(data)
     return content
+
+
+def embedded(data: Mapping[str, Any]) -> str:
+    """Return `data` as JSON for a script element, which "</script>" in a name would end."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _listed(subject: Run, same: Mapping[str, Run], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,22 +173,29 @@ def ordered(table: Table, setting: str) -> list[str]:
     return sorted((m for m in table.methods if table.entries[m, setting].n), key=key)
 
 
-def focused(methods: Sequence[str]) -> list[str] | None:
-    """Return the methods to be drawn in colour, from `methods` with the best first; None: all."""
+def focused(methods: Sequence[str], subject: str | None) -> list[str] | None:
+    """Return the methods to be drawn in colour, from `methods` with the best first; None: all.
+
+    subject: the method that the page is about; it is among them wherever it stands.
+    """
     if len(methods) <= FOCUS + 3:
         return None
-    ours = [name for name in methods if is_fedmerge(name)][:2]
+    variants = [name for name in methods if is_fedmerge(name)]
+    ours = sorted(variants, key=lambda name: name != subject)[:2]
     return [*ours, *[name for name in methods if not is_fedmerge(name)][:FOCUS]]
 
 
-def method_name(method: str, styles: Mapping[str, Style]) -> dict[str, Any]:
-    """Return a method's name and looks."""
+def method_name(
+    method: str, styles: Mapping[str, Style], focus: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return a method's name and looks; grey if it is not in `focus`, as in the pictures."""
     style = styles[method]
     variable = next(name for name, (light, _) in PALETTE.items() if light == style.colour)
     return {
         "method": method,
         "ours": is_fedmerge(method),
-        "colour": f"var(--{variable})",
+        "colour": f"var(--{variable})" if focus is None or method in focus else "var(--grey)",
+        "marker": style.marker,
         "index": style.index,
     }
 
@@ -171,6 +205,7 @@ def cell(table: Table, method: str, setting: str) -> dict[str, Any]:
     entry = table.entries[method, setting]
     value, _, std = entry_text(table.metric, entry).partition(" ± ")
     gap = entry.behind.mean if entry.behind is not None and finite(entry.behind.mean) else 0.0
+    gap = float("inf") if entry.diverged and METRICS[table.metric].better else gap
     return {
         "value": value,
         "std": std,
@@ -188,14 +223,15 @@ def some(table: Table) -> bool:
 def _behind(entry: Entry) -> str:
     """What a method loses to the best, with its interval and p."""
     gap = entry.behind
+    if entry.diverged:
+        return "diverged"
     if gap is None or not finite(gap.mean):
         return "–"
-    text = f"{gap.mean:.3f}"
-    if gap.low is not None and gap.high is not None:
-        text += f" ({gap.low:.3f} to {gap.high:.3f})"
+    mean, low, high = (value_text("accuracy", value) for value in (gap.mean, gap.low, gap.high))
+    text = mean if gap.low is None else f"{mean} ({low} to {high})"
     if entry.p is not None:
         text += f", p {entry.p:.3f}" if entry.p >= 0.001 else ", p < 0.001"
-    return text.replace("-", "−")
+    return text
 
 
 def _chosen(runs: Sequence[Run]) -> str:

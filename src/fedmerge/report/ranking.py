@@ -52,6 +52,18 @@ def _of_run(name: str) -> Read:
     return lambda run, model, at: getattr(run, name)
 
 
+def _gap(name: str) -> Read:
+    """A gap, NaN where there is none because the run diverged."""
+    loss = _of_model("loss")
+
+    def read(run: Run, model: str, at: str) -> float | None:
+        gap: float | None = getattr(run, name)
+        merged = loss(run, "merged", "last")
+        return merged if gap is None and merged is not None and not finite(merged) else gap
+
+    return read
+
+
 def _cost(name: str) -> Read:
     return lambda run, model, at: run.cost.get(name)
 
@@ -80,8 +92,8 @@ METRICS: Mapping[str, Metric] = {
     "better_than_fedavg": Metric(
         "share of clients better off than with FedAvg", 0, 2, True, _of_model("better_than_fedavg")
     ),
-    "gap_train": Metric("local-global gap, train", 0, 3, False, _of_run("gap_train")),
-    "gap_test": Metric("local-global gap, test", 0, 3, False, _of_run("gap_test")),
+    "gap_train": Metric("local-global gap, train", 0, 3, False, _gap("gap_train")),
+    "gap_test": Metric("local-global gap, test", 0, 3, False, _gap("gap_test")),
     "bytes_down": Metric("bytes to a client, a round", 0, 0, False, _of_run("bytes_down")),
     "bytes_up": Metric("bytes from a client, a round", 0, 0, False, _of_run("bytes_up")),
     "seconds": Metric("seconds for the run", 0, 1, False, _of_run("seconds")),
@@ -100,11 +112,12 @@ METRICS: Mapping[str, Metric] = {
 class Entry:
     """One method in one setting: mean and sample standard deviation over its n seeds.
 
-    best: the best mean of the setting (of equals, the first). tied: not the best, and not
-    significantly worse. near: shown to lose less than `MARGIN` to the best. p: of the paired test
-    against the best, corrected for the tests of the setting, None where there was none. behind:
-    what it loses to the best, by seed; None for the best itself. shared: number of seeds that this
-    method and the best both have.
+    best: the best mean of the setting (of equals, the first; none with a lone method). tied: not
+    the best, and not significantly worse. near: shown to lose less than `MARGIN` to the best. p: of
+    the paired test against the best, corrected for the tests of the setting, None where there was
+    none. behind: what it loses to the best, by seed; None for the best itself. shared: number of
+    seeds that this method and the best both have. diverged: number of seeds whose value is not
+    finite; with any, the mean is NaN and the method comes after all that have one.
     """
 
     mean: float | None
@@ -116,6 +129,12 @@ class Entry:
     p: float | None = None
     behind: Interval | None = None
     shared: int = 0
+    diverged: int = 0
+
+    @property
+    def divergence(self) -> str:
+        """On how many seeds it diverged, in words."""
+        return f"diverged on {self.diverged} of {self.n} seed{'' if self.n == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -178,13 +197,15 @@ def comparison(
         column = {name: values.get((name, setting), {}) for name in methods}
         for name, entry in _column(column, spec.better).items():
             entries[name, setting] = entry
-    return Table(model, metric, methods, settings, entries, _note(spec, entries.values()), at)
+    note = _note(spec, entries.values(), len(methods))
+    return Table(model, metric, methods, settings, entries, note, at)
 
 
 def _column(column: Mapping[str, Mapping[int, float]], better: int) -> dict[str, Entry]:
     """Entries of one setting, from each method's value by seed."""
     means = {name: float(np.mean(list(seen.values()))) for name, seen in column.items() if seen}
-    ranked = [name for name, mean in means.items() if better and finite(mean)]
+    compared = better and len(column) > 1
+    ranked = [name for name, mean in means.items() if compared and finite(mean)]
     best = max(ranked, key=lambda name: better * means[name], default=None)
     rivals = [name for name in ranked if name != best]
     behind = {} if best is None else {
@@ -210,6 +231,7 @@ def _column(column: Mapping[str, Mapping[int, float]], better: int) -> dict[str,
             p,
             behind.get(name),
             shared,
+            sum(not finite(value) for value in numbers),
         )
     return entries
 
@@ -245,7 +267,7 @@ def judge(behind: Mapping[str, Interval]) -> dict[str, tuple[bool, bool, float |
     return verdicts
 
 
-def _note(spec: Metric, entries: Iterable[Entry]) -> str:
+def _note(spec: Metric, entries: Iterable[Entry], methods: int) -> str:
     counts = sorted({entry.n for entry in entries if entry.n})
     if not counts:
         return "No run has this number."
@@ -254,6 +276,9 @@ def _note(spec: Metric, entries: Iterable[Entry]) -> str:
     text = f"Mean ± sample standard deviation over {seeds} {plural}."
     if not spec.better:
         return text + " Nothing is marked here: this is a cost or a diagnostic, not a score."
+    if methods == 1:
+        text = f"Values of {seeds} {plural}." if counts == [1] else text
+        return text + " Nothing is marked here: there is no other method."
     if counts == [1]:
         return (
             f"Values of {seeds} {plural}. * has the best value. One seed allows no test, so the "
@@ -267,6 +292,8 @@ def _note(spec: Metric, entries: Iterable[Entry]) -> str:
 
 
 def _power(n: int) -> str:
+    if n == 1:
+        return "Where a method has one seed alone, its difference to the best cannot be tested."
     if n >= 10:
         return "A ~ still does not prove two methods equal."
     return (

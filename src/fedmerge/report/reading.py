@@ -286,11 +286,13 @@ def _known(worth: Sequence[float | None] | None) -> tuple[float, ...]:
 
 def _scores(record: Mapping[str, Any]) -> Scores:
     optional = ("auc", "better_than_local", "better_than_fedavg")
+    loss = number(record["loss"])
     return Scores(
         accuracy=number(record["accuracy"]),
         accuracy_std=number(record["accuracy_std"]),
         accuracy_worst_decile=number(record["accuracy_worst_decile"]),
-        loss=number(record["loss"]),
+        # Files hold null for a loss that is not finite: this model has diverged.
+        loss=float("nan") if loss is None else loss,
         **{name: number(record.get(name)) for name in optional},
     )
 

@@ -30,8 +30,11 @@ def _point(record: Mapping[str, Any]) -> RoundPoint:
     for model, splits in record["metrics"].items():
         for metric, values in means.items():
             summary = splits["test"][metric]
-            if summary is not None and summary["mean"] is not None:
-                values[str(model)] = float(summary["mean"])
+            mean = None if summary is None else number(summary["mean"])
+            if mean is not None:
+                values[str(model)] = mean
+            elif metric == "loss":  # files hold null for a loss that is not finite
+                values[str(model)] = float("nan")
     return RoundPoint(
         round=int(record["round"]),
         accuracy=means["accuracy"],

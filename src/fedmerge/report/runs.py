@@ -24,6 +24,7 @@ COSTS = ("down", "up", "client", "server", "server_per_client", "passes")
 class Scores:
     """One evaluated model over the clients' test data; accuracy is None for regression.
 
+    loss: NaN where the model has diverged.
     better_than_local, better_than_fedavg: share of clients that fare strictly better than under
     that method; None where it was not run.
     """
@@ -41,8 +42,8 @@ class Scores:
 class ClientResult:
     """One client in one run: sizes of its splits; test accuracy, loss and AUC by model.
 
-    label_counts: examples of each label, () for regression. importance: (d,) what its validation
-    loss gains when a global model is taken out of its mix, nats; () without weights.
+    label_counts: examples of each label, () for regression. importance: (d,) by how much its
+    validation loss rises when a global model is taken out of its mix; () without weights.
     """
 
     id: str
@@ -59,7 +60,10 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class RoundPoint:
-    """One round of the log: mean test accuracy and loss by model (empty if not evaluated)."""
+    """One round of the log: mean test accuracy and loss by model (empty if not evaluated).
+
+    A loss is NaN where the model has diverged.
+    """
 
     round: int
     accuracy: Mapping[str, float]
@@ -84,7 +88,8 @@ class Run:
     column: of the tables it belongs to: its setting, with its data set before it where the folder
     has several. last, best: at the last evaluated round, and at that of the least validation
     loss. weights: (m, b, d) merging weights at the end, row i is client i's, or None for a method
-    without rows. gap: nats. bytes: per client and round. seconds: the whole run. cost: in models,
+    without rows. gap: in the unit of the loss, which is nats, or squared
+    error for a regression. bytes: per client and round. seconds: the whole run. cost: in models,
     by the names of `COSTS`. chosen: the values that tuning chose. path: of its own folder.
     """
 

@@ -60,7 +60,7 @@ def data_split(
         axes = figure.add_axes((0.24, 0.5 / tall, 0.73 - span, 1 - 1.15 / tall))
         _label_bars(axes, chosen, n_labels, names)
         strip = figure.add_axes((0.205, 0.5 / tall, 0.018, 1 - 1.15 / tall))
-        kind_strip(strip, [row.kind for row in chosen], coloured=False)
+        kind_strip(strip, [row.kind for row in chosen], coloured=False, letters=14)
         if images:
             _image_strips(figure, [row.kind or "" for row in chosen], images, tall)
         note = "" if len(chosen) == len(rows) else f" ({len(chosen)} of {len(rows)} clients)"
@@ -101,7 +101,7 @@ def _label_bars(
 
 def _label_key(figure: Figure, names: Sequence[str], y: float) -> None:
     figure.text(0.012, y, "label")
-    place = 0.075
+    place = 0.09
     for label, name in enumerate(names):
         figure.text(
             place, y, f" {cut(name, 10)} ", fontsize=7.5, color="#23272e",

@@ -22,7 +22,7 @@ from fedmerge.report.drawing import (
     short_name,
 )
 from fedmerge.report.overall import Ranking, Regret
-from fedmerge.report.runs import is_fedmerge
+from fedmerge.report.runs import finite, is_fedmerge
 from fedmerge.report.statistics import MARGIN, cliques
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
     )
     with drawing():
         figure, axes = _rows([regret.method for regret in rows], "regret of each method", styles)
-        top = max([regret.largest or 0.0 for regret in rows] + [MARGIN * 2])
+        known = [loss for regret in rows for loss in regret.losses.values() if finite(loss)]
+        top = max([*known, MARGIN * 2])
         axes.set_xscale("function", functions=(_root, np.square))
         axes.set_xlim(-0.0, top * 1.06)
         shown = [tick for tick in _TICKS if tick <= top * 1.03]
@@ -51,26 +52,28 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
         axes.axvspan(0, MARGIN, color=PALETTE["green"][0], alpha=0.13, linewidth=0)
         for row, regret in enumerate(rows):
             style = styles[regret.method]
-            losses = list(regret.losses.values())
+            losses = [loss for loss in regret.losses.values() if finite(loss)]
             axes.plot(losses, [row] * len(losses), "|", color=style.colour, alpha=0.55,
                       markersize=7, clip_on=False)  # fmt: skip
-            largest = regret.largest or 0.0
+            largest = min(regret.largest or 0.0, top)
             axes.plot([0, largest], [row, row], color=style.colour, linewidth=1.1, alpha=0.45)
             axes.plot([largest], [row], style.marker, color=style.colour, clip_on=False,
                       markersize=7.5 if style.order > 5 else 5.5, markeredgecolor=SURFACE,
                       markeredgewidth=0.8, zorder=5)  # fmt: skip
             where = short_name(regret.where or "")
             text = f"{largest:.3f} {where if largest > 0 else ''}".rstrip()
+            if not finite(regret.largest):
+                text = f"diverged in {where}"
             text += " (incomplete)" if regret.missing else ""
             right = _root(largest) < 0.62 * _root(top)
             axes.annotate(
                 text, (largest, row), (8 if right else -8, 0), textcoords="offset points",
-                ha="left" if right else "right", va="center_baseline", fontsize=7, alpha=0.85,
+                ha="left" if right else "right", va="center_baseline", fontsize=8, alpha=0.85,
                 bbox=None if right else {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8},
                 zorder=6,
             )  # fmt: skip
-        what = "accuracy" if metric == "accuracy" else "loss"
-        _title(figure, f"Largest {what} lost to the best method of a setting")
+        what = "Most accuracy lost to" if metric == "accuracy" else "Most loss above that of"
+        _title(figure, f"{what} the best method of a setting")
         return figure
 
 
@@ -94,7 +97,7 @@ def rank_picture(ranking: Ranking, styles: Mapping[str, Style]) -> Figure:
                          linewidth=0)  # fmt: skip
             axes.plot([means[0], means[0] + difference], [-0.72, -0.72], color=INK, linewidth=1.4,
                       clip_on=False)  # fmt: skip
-            axes.text(means[0], -0.95, f"critical difference {difference:.1f}", fontsize=7.5,
+            axes.text(means[0], -0.95, f"critical difference {difference:.1f}", fontsize=8,
                       va="bottom")  # fmt: skip
         for i, (first, last) in enumerate(bars):
             x = 1.02 + 0.022 * (i % 6)
@@ -107,7 +110,7 @@ def rank_picture(ranking: Ranking, styles: Mapping[str, Style]) -> Figure:
                       markersize=8 if style.order > 5 else 6, markeredgewidth=0.8,
                       zorder=5)  # fmt: skip
             axes.annotate(f"{mean:.1f}", (mean, row), (8, 0), textcoords="offset points",
-                          va="center_baseline", fontsize=7, alpha=0.85)  # fmt: skip
+                          va="center_baseline", fontsize=8, alpha=0.85)  # fmt: skip
         _title(figure, f"Average rank over {len(ranking.settings)} settings (1 is best)")
         return figure
 

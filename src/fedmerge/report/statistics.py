@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 SIGNIFICANCE = 0.05
 MARGIN = 0.01
 """A loss to the best that still counts as not worse: one point of a hundred."""
+ENOUGH = 6
+"""Seeds under which a paired test can show only large differences."""
 _SAME = 1e-12  # rounding alone makes equal differences differ; a t-test would take it for variance
 
 

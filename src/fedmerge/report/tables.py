@@ -74,12 +74,15 @@ def value_text(metric: str, value: float | None) -> str:
         return "diverged"
     if metric.startswith("bytes"):
         return size_text(value)
-    return f"{value:.{METRICS[metric].digits}f}".replace("-", "−")
+    text = f"{value:.{METRICS[metric].digits}f}"
+    return text.replace("-", "−" if float(text) else "")
 
 
 def entry_text(metric: str, entry: Entry) -> str:
     """Return "mean ± std" of an entry, without its mark; a lone seed has no ± part."""
     text = value_text(metric, entry.mean)
+    if entry.diverged:
+        return entry.divergence
     if entry.std is None or (metric.startswith("bytes") and entry.std == 0):
         return text
     return f"{text} ± {value_text(metric, entry.std)}"

@@ -13,6 +13,9 @@ import numpy as np
 from fedmerge.report.overall import Duel, Ranking, Regret, duels, overviews, ranking, regrets
 from fedmerge.report.ranking import METRICS, Table, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
+from fedmerge.report.tables import value_text
+
+_SAME = 1e-9  # ranks are means of halves
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def totals(runs: Sequence[Run], model: str = "merged", at: str = "last") -> Tota
         _rank(name, subject, ranked, figures, sentences)
         _shares(name, [run for run in runs if run.method == subject], model, figures, sentences)
         _duels(name, fought, sentences)
-    return Totals(subject, tables, lost, ranked, fought, tuple(figures), tuple(sentences))
+    said = tuple(sentence.replace("….", "…") for sentence in sentences)
+    return Totals(subject, tables, lost, ranked, fought, tuple(figures), said)
 
 
 def _regret(
@@ -72,28 +76,40 @@ def _regret(
     ours = next((regret for regret in part if regret.method == subject), None)
     if ours is None or ours.largest is None or ours.mean is None:
         return
-    what = table.metric
     others = sorted(
         (r for r in part if r.method != subject and r.largest is not None and not r.missing),
         key=lambda regret: regret.largest or 0.0,
     )
-    text = f"{name}'s regret, its largest loss in {what} to the best method of a setting, is "
-    text += f"{ours.largest:.3f} (in {ours.where}), {ours.mean:.3f} on average"
+    words = (
+        "most accuracy lost to the best of a setting"
+        if table.metric == "accuracy"
+        else "most loss above that of the best of a setting"
+    )
+    largest = value_text(table.metric, ours.largest)
+    text = (
+        f"{name}'s regret, the {words}, is {largest} (in {ours.where}), {ours.mean:.3f} on average"
+    )
     if ours.largest == 0:
-        text = f"{name} has no regret in {what}: no method is better in any setting"
-    words = f"largest loss in {what} to the best of a setting"
+        text = f"{name} has no regret in {table.metric}: no method is better in any setting"
+    elif not finite(ours.largest):
+        text = f"{name} diverged in {ours.where}, so its regret in {table.metric} has no bound"
     if others:
         first = others[0]
+        theirs = value_text(table.metric, first.largest)
         smaller = [r for r in others if (r.largest or 0.0) < ours.largest]
         if smaller:
             text += f"; {_count(len(smaller), 'method')} with less: "
-            text += ", ".join(f"{r.method} {r.largest:.3f}" for r in smaller[:3])
+            text += ", ".join(
+                f"{r.method} {value_text(table.metric, r.largest)}" for r in smaller[:3]
+            )
             text += ", …" if len(smaller) > 3 else ""
+        elif not finite(first.largest):
+            text += "; every other method diverged in some setting"
         else:
-            text += f"; the next is {first.method} with {first.largest:.3f} (in {first.where})"
-        words += f"; {first.method} {first.largest:.3f}"
+            text += f"; the next is {first.method} with {theirs} (in {first.where})"
+        words += f"; {first.method} {theirs}"
     sentences.append(text + ".")
-    figures.append(Figure(f"{ours.largest:.3f}", words))
+    figures.append(Figure(largest, words))
 
 
 def _rank(
@@ -102,14 +118,24 @@ def _rank(
     if subject not in ranked.means or len(ranked.means) < 2:
         return
     mine = ranked.means[subject]
-    place = 1 + sum(mean < mine for mean in ranked.means.values())
+    place = 1 + sum(mean < mine - _SAME for mean in ranked.means.values())
     best = next(other for other in ranked.means if other != subject)
+    level = [
+        other
+        for other, mean in ranked.means.items()
+        if other != subject and abs(mean - mine) <= _SAME
+    ]
     k, n = len(ranked.means), len(ranked.settings)
-    text = f"Its average rank is {mine:.1f} over {_count(n, 'setting')}, "
-    if place == 1:
-        text += f"the best of {k} methods; next is {best} with {ranked.means[best]:.1f}"
+    # Ranks that differ must not be printed alike.
+    digits = 1 if level or f"{mine:.1f}" != f"{ranked.means[best]:.1f}" else 2
+    theirs = f"{ranked.means[best]:.{digits}f}"
+    text = f"Its average rank is {mine:.{digits}f} over {_count(n, 'setting')}, "
+    if place == 1 and level:
+        text += f"the best of {k} methods together with {', '.join(level)}"
+    elif place == 1:
+        text += f"the best of {k} methods; next is {best} with {theirs}"
     else:
-        text += f"place {place} of {k}; the best is {best} with {ranked.means[best]:.1f}"
+        text += f"place {place} of {k}; the best is {best} with {theirs}"
     if ranked.difference is not None:
         apart = sum(mean - mine >= ranked.difference for mean in ranked.means.values())
         text += (
@@ -117,8 +143,7 @@ def _rank(
         )
         text += f" before {_count(apart, 'method')}" if apart else " before none"
     sentences.append(text + ".")
-    figures.append(Figure(f"{mine:.1f}", f"average rank of {k} methods; {best} "
-                          f"{ranked.means[best]:.1f}"))  # fmt: skip
+    figures.append(Figure(f"{mine:.{digits}f}", f"average rank of {k} methods; {best} {theirs}"))
 
 
 def _shares(
@@ -149,8 +174,11 @@ def _duels(name: str, fought: Sequence[Duel], sentences: list[str]) -> None:
     tested = [duel for duel in fought if duel.p is not None]
     if not tested:
         if fought:
+            one = all(duel.by_seed.n == 1 for duel in fought)
             sentences.append(
                 "With one seed no difference between methods can be shown to be beyond chance."
+                if one
+                else "No difference could be tested: methods diverged or have one seed in common."
             )
         return
     n = {verdict: sum(d.verdict == verdict for d in tested) for verdict in ("better", "worse")}
@@ -160,6 +188,8 @@ def _duels(name: str, fought: Sequence[Duel], sentences: list[str]) -> None:
         f"{name} is better beyond chance in {n['better']}, worse in {n['worse']}, and not told "
         f"apart in {open_}"
     )
+    if len(fought) > len(tested):
+        text += f"; {len(fought) - len(tested)} more could not be tested"
     worst = sorted((d for d in tested if d.verdict == "worse"), key=lambda d: d.by_seed.mean)
     if worst:
         named = [f"{d.rival} in {d.setting} ({-d.by_seed.mean:.3f})" for d in worst[:4]]
