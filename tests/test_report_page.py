@@ -378,7 +378,7 @@ def test_a_lone_method_is_not_ranked(tmp_path: Path) -> None:
     assert [cell["mark"] for cell in table["rows"][0]["cells"]] == [""]
     assert "there is no other method" in table["note"]
     text = write_report(tmp_path).read_text()
-    assert "The darker a cell" not in text
+    assert "The bluer a cell" not in text
     assert 'class="best"' not in text
     assert "In domain, fedavg had a merged-model accuracy of" in text
     (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
