@@ -24,7 +24,7 @@ def n_bytes(tables: Tensors) -> int:
     return sum(table.nbytes for table in tables.values())
 
 
-@pytest.mark.parametrize("epochs", [2, TRAINING.epochs])
+@pytest.mark.parametrize("epochs", [4, TRAINING.epochs])
 @pytest.mark.parametrize("method", [*ALL_METHODS, GREEDY])
 def test_a_method_costs_what_it_says(
     method: str, epochs: int, monkeypatch: pytest.MonkeyPatch
@@ -60,12 +60,14 @@ def test_a_method_costs_what_it_says(
         simulation.soup.rows(simulation.soup.clients)
     )
     wanted = cost.server + M * cost.server_per_client
-    if method in ("cfl", GREEDY):  # a tree that grows: from its root to what is declared
-        assert (2 if method == "cfl" else 0.7 * wanted) <= server / row <= wanted
+    if method == "cfl":  # no cluster has been parted yet
+        wanted = 2 + M * cost.server_per_client
+    if method == GREEDY:  # what is declared is what its tree may grow to
+        assert 0.7 * wanted <= server / row <= wanted
     else:
         assert server / row == pytest.approx(wanted, abs=0.2, rel=0.05)
     in_a_pass = epochs * sum(len(client.train) for client in clients)
-    assert seen / in_a_pass == pytest.approx(cost.passes, rel=0.06)
+    assert seen / in_a_pass == pytest.approx(cost.passes, rel=0.04)
 
 
 def test_the_grids_are_short_and_make_methods() -> None:

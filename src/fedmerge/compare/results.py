@@ -11,13 +11,13 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError
 from .cells import RUNS, Cell
-from .folder import RESULT, check_comparison, check_config, read_result, write_bytes, write_lines
+from .folder import RESULT, check_comparison, read_result, write_bytes, write_lines
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,20 +33,6 @@ REFERENCES = ("local", "fedavg")
 Result = Mapping[str, Any]
 Place = tuple[str, str, int]
 """Data set, setting and seed."""
-
-
-def unfinished_cells(cells: Iterable[Cell], out: Path) -> list[Cell]:
-    """Return the `cells` that have no result in `out` yet.
-
-    Raises:
-        StateError: the folder of a cell holds a run with other settings.
-    """
-    todo = []
-    for cell in cells:
-        check_config(cell.folder(out), cell.config)
-        if not (cell.folder(out) / RESULT).is_file():
-            todo.append(cell)
-    return todo
 
 
 def collect(out: Path, cells: Sequence[Cell] = ()) -> list[dict[str, Any]]:
