@@ -84,6 +84,7 @@ def panel(
         "diverged": any(entry.diverged for entry in main.entries.values()),
         "focus": focus,
         "many_seeds": MANY_SEEDS,
+        "banded": len({run.seed for run in runs}) > 1,
         "curves": figures.to_svg(figures.learning_curves(runs, styles=styles, focus=focus)),
         "gap": figures.to_svg(figures.gap_over_rounds(runs, styles=styles, focus=focus))
         if gaps
