@@ -67,7 +67,7 @@ class Quadratic:
             rows = rows - LR * gradient
         return rows, torch.full((len(rows),), steps)
 
-    def loss(self, rows: Tensor) -> Tensor:
+    def loss(self, rows: Tensor, split: str = "train") -> Tensor:
         return (rows - self.centre).square().sum(-1) / 2
 
 
@@ -121,6 +121,26 @@ def test_fedavg_takes_the_mean_weighted_by_examples(setup: Setup, trainer: Quadr
     ends = after(start, trainer.centre)
     close(done.delta, start - ends)
     close(made["models"], (1 * ends[0] + 2 * ends[1] + 5 * ends[2])[None] / 8)
+
+
+def test_fine_tuning_is_kept_where_it_lowers_the_validation_loss_by_a_tenth(setup: Setup) -> None:
+    """Five clients: just enough, just too little, worse, no validation data, diverged before."""
+    start = setup.initial(0).repeat(5, 1)
+
+    class Clients(Quadratic):
+        def loss(self, rows: Tensor, split: str = "train") -> Tensor:
+            assert split == "validation"
+            before = torch.equal(rows, start)
+            nan, inf = float("nan"), float("inf")
+            found = [2.0, 2.0, 2.0, nan, inf] if before else [1.799, 1.801, 3.0, nan, 5.0]
+            return torch.tensor(found, dtype=F64)
+
+    trainer = Clients(normal(1, 5, setup.layout.size, dtype=F64))
+    method = FedMerge(finetune=3)
+    found = method.personal(setup, start[:, None], {}, trainer)
+    ends = after(start, trainer.centre, 3)
+    close(found, torch.where(torch.tensor([1, 0, 0, 0, 1]).bool()[:, None], ends, start))
+    assert trainer.calls == [("finetune", 3)]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +295,8 @@ def test_fedmerge_starts_near_one_model_and_from_equal_rows(setup: Setup) -> Non
         ("fedmerge:leave_one_out=false", FedMerge(leave_one_out=False)),
         ("fedmerge:rule=default:d=3", FedMerge(d=3)),
         ("fedmerge:rule=paper", FedMergePaper()),
+        ("fedmerge-ft", FedMerge(finetune=5)),
+        ("fedmerge-ft:d=3:finetune=2", FedMerge(d=3, finetune=2)),
         ("fedmerge:logit_step=0.1:rule=paper", FedMergePaper(logit_step=0.1)),
         ("fedavg", FedAvg()),
         ("fedavg-ft", FedAvgFT()),
@@ -298,6 +320,7 @@ def test_a_text_names_a_method_and_its_options(text: str, method: Algorithm) -> 
         ("fedmerge:dd=3", 'method "fedmerge" has no option "dd"; did you mean "d"?'),
         ("fedmerge:ruel=paper", 'did you mean "rule"?'),
         ("fedmerge:rule=papr", 'there is no rule "papr"; did you mean "paper"?'),
+        ("fedmerge-ft:rule=paper", 'method "fedmerge-ft" has no option "rule"'),
         ("fedavg:rule=paper", 'method "fedavg" has no option "rule"; it has no options'),
         ("fedmerge:rule=paper:cap=1", 'method "fedmerge" has no option "cap"'),
         ("local:d=3", 'method "local" has no option "d"; it has no options'),
@@ -395,6 +418,7 @@ def test_every_option_of_every_method_changes_the_result(name: str) -> None:
 
 def test_every_method_is_in_the_registry_under_its_own_name() -> None:
     others = {method.split(":")[0] for method, _ in test_rivals_server.OPTIONS}
+    others |= {"fedmerge-ft"}  # its options are FedMerge's
     assert set(METHODS) | {"fedmerge:rule=paper"} == set(OPTIONS) | others
     for name, (kind, options) in METHODS.items():
         assert make_method(name) == kind(**options)

@@ -26,6 +26,7 @@ from .base import (
     Ticket,
     Trainer,
     Updates,
+    fine_tuned_if_it_helps,
     tune,
 )
 from .cfl import CFL
@@ -50,6 +51,7 @@ from .ppfl import PPFL
 
 METHODS: dict[str, tuple[type[Algorithm], Mapping[str, object]]] = {
     "fedmerge": (FedMerge, {}),
+    "fedmerge-ft": (FedMerge, {"finetune": 5}),
     "fedavg": (FedAvg, {}),
     "fedavg-ft": (FedAvgFT, {}),
     "fedprox": (FedProx, {}),
@@ -95,7 +97,7 @@ def make_method(text: str) -> Algorithm:
         if key in options:
             raise ConfigError(f'method "{text}": "{key}" is given twice')
         options[key] = value
-    if kind is FedMerge and "rule" in options:
+    if name == "fedmerge" and "rule" in options:
         rule = options.pop("rule")
         if rule not in RULES:
             raise ConfigError(
@@ -170,6 +172,7 @@ __all__ = [
     "Ticket",
     "Trainer",
     "Updates",
+    "fine_tuned_if_it_helps",
     "make_method",
     "tune",
 ]
