@@ -123,36 +123,52 @@ def test_fedavg_takes_the_mean_weighted_by_examples(setup: Setup, trainer: Quadr
     close(made["models"], (1 * ends[0] + 2 * ends[1] + 5 * ends[2])[None] / 8)
 
 
-def test_fine_tuning_is_kept_where_it_lowers_the_validation_loss_by_a_tenth(setup: Setup) -> None:
-    """Five clients: just enough, just too little, worse, no validation data, diverged before."""
-    start = setup.initial(0).repeat(5, 1)
+def test_fine_tuning_goes_on_as_long_as_it_helps(setup: Setup) -> None:
+    """Validation losses before and after 3, 6 and 12 epochs, and the epochs that are kept."""
+    nan, inf = float("nan"), float("inf")
+    clients = {
+        (2.0, 1.801, 0.1, 0.1): 0,  # too little at first: it is not tried further
+        (2.0, 1.799, 1.8, 0.1): 3,
+        (2.0, 1.799, 1.798, 1.798): 6,  # any further gain counts
+        (2.0, 1.0, 0.9, 0.8): 12,
+        (2.0, inf, 0.1, 0.1): 0,
+        (2.0, 1.0, inf, 0.1): 3,
+        (inf, 5.0, 6.0, 1.0): 3,  # it had diverged before
+        (nan, nan, nan, nan): 0,  # no validation data
+    }
+    start = setup.initial(0).repeat(len(clients), 1)
+    losses = iter(torch.tensor(list(clients), dtype=F64).T)
 
     class Clients(Quadratic):
         def loss(self, rows: Tensor, split: str = "train") -> Tensor:
             assert split == "validation"
-            before = torch.equal(rows, start)
-            nan, inf = float("nan"), float("inf")
-            found = [2.0, 2.0, 2.0, nan, inf] if before else [1.799, 1.801, 3.0, nan, 5.0]
-            return torch.tensor(found, dtype=F64)
+            return next(losses)
 
-    trainer = Clients(normal(1, 5, setup.layout.size, dtype=F64))
-    method = FedMerge(finetune=3)
-    found = method.personal(setup, start[:, None], {}, trainer)
-    ends = after(start, trainer.centre, 3)
-    close(found, torch.where(torch.tensor([1, 0, 0, 0, 1]).bool()[:, None], ends, start))
+    trainer = Clients(normal(1, len(clients), setup.layout.size, dtype=F64))
+    found = FedMerge(finetune=3).personal(setup, start[:, None], {}, trainer)
+    kept = [after(start, trainer.centre, epochs)[i] for i, epochs in enumerate(clients.values())]
+    close(found, torch.stack(kept))
+    # Other draws each time, so that it is not the same batches again.
+    assert trainer.calls == [("finetune", 3), ("finetune to 2", 3), ("finetune to 4", 6)]
+
+
+def test_fine_tuning_that_helps_nobody_ends_at_once(setup: Setup, trainer: Quadratic) -> None:
+    start = trainer.centre.clone()  # each client's best
+    assert torch.equal(FedMerge(finetune=3).personal(setup, start[:, None], {}, trainer), start)
     assert trainer.calls == [("finetune", 3)]
 
 
 @pytest.mark.parametrize(
-    ("method", "plain"), [(FedAvgFT(finetune=3), FedAvg()), (FedMerge(finetune=3), FedMerge())]
+    ("method", "plain"), [(FedAvgFT(finetune=12), FedAvg()), (FedMerge(finetune=3), FedMerge())]
 )
 def test_fine_tuning_is_at_the_client_and_changes_what_is_used_only(
     method: Algorithm, plain: Algorithm, setup: Setup, trainer: Quadratic
 ) -> None:
     message = setup.initial(0).repeat(3, 1)[:, None]
-    close(method.personal(setup, message, {}, trainer), after(message[:, 0], trainer.centre, 3))
+    close(method.personal(setup, message, {}, trainer), after(message[:, 0], trainer.centre, 12))
+    done = len(trainer.calls)
     close(plain.personal(setup, message, {}, trainer), message[:, 0])
-    assert trainer.calls == [("finetune", 3)]
+    assert len(trainer.calls) == done
     shared = method.shared(setup)
     tuned, _ = one_round(method, setup, trainer, shared)
     close(tuned["models"], one_round(plain, setup, trainer, shared)[0]["models"])

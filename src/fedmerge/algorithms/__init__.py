@@ -26,7 +26,7 @@ from .base import (
     Ticket,
     Trainer,
     Updates,
-    fine_tuned_if_it_helps,
+    fine_tuned_while_it_helps,
     tune,
 )
 from .cfl import CFL
@@ -172,7 +172,7 @@ __all__ = [
     "Ticket",
     "Trainer",
     "Updates",
-    "fine_tuned_if_it_helps",
+    "fine_tuned_while_it_helps",
     "make_method",
     "tune",
 ]

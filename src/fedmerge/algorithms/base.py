@@ -183,17 +183,27 @@ HELPED = 0.9
 often be chance, with some tens of examples, and choosing by chance costs more than it wins."""
 
 
-def fine_tuned_if_it_helps(start: Tensor, epochs: int, trainer: Trainer) -> Tensor:
+def fine_tuned_while_it_helps(start: Tensor, epochs: int, trainer: Trainer) -> Tensor:
     """Models (k, P) fine-tuned at the clients whose validation loss that lowers by a tenth or more.
 
-    The others' are as they are, and so are those of clients without validation data.
+    There it goes on, to twice and to four times as many epochs, as long as the loss falls. Where it
+    does not help, and at clients without validation data, the model is as it was.
     """
+    best = end = start
     if not epochs:
         return start
-    end = fine_tuned(start, epochs, trainer)
-    # NaN without validation data, infinite for a model that has diverged: below nothing.
-    helped = trainer.loss(end, "validation") < HELPED * trainer.loss(start, "validation")
-    return torch.where(helped[:, None], end, start)
+    bar = HELPED * trainer.loss(start, "validation")
+    going = torch.ones(len(start), dtype=torch.bool)
+    for times, purpose in ((1, "finetune"), (1, "finetune to 2"), (2, "finetune to 4")):
+        end = trainer.fit(end, epochs=times * epochs, purpose=purpose)[0]
+        loss = trainer.loss(end, "validation")
+        # NaN without validation data, infinite for a model that has diverged: below nothing.
+        going = going & (loss < bar)
+        if not going.any():
+            break
+        best = torch.where(going[:, None], end, best)
+        bar = torch.where(going, loss, bar)
+    return best
 
 
 @dataclass(frozen=True)

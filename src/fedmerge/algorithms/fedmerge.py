@@ -24,7 +24,7 @@ from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renew
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
 from ..sums import ModelSum, model_pace
-from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates, fine_tuned_if_it_helps
+from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates, fine_tuned_while_it_helps
 
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
@@ -58,8 +58,8 @@ class FedMerge(Algorithm):
         pull: how much, in steps of a peer whose update is the same.
         settle: how far rows go home in a round, at most; 0 for never.
         finetune: epochs of local training before the model is used, by clients whose validation
-            loss they lower by a tenth or more; 0 for none. They change what is evaluated as
-            `merged`, never what is sent back.
+            loss they lower by a tenth or more, and up to four times as many while it falls; 0 for
+            none. They change what is evaluated as `merged`, never what is sent back.
     """
 
     name: ClassVar[str] = "fedmerge"
@@ -148,7 +148,7 @@ class FedMerge(Algorithm):
         return merge_rows(shared["models"], weights, setup.layout, out[:, 0])[:, None]
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
-        return fine_tuned_if_it_helps(message[:, 0], self.finetune, trainer)
+        return fine_tuned_while_it_helps(message[:, 0], self.finetune, trainer)
 
     def _pace(self, rows: Tensors, version: int) -> Tensor:
         missed = (version - rows["last"]).clamp(1, MOST_ROUNDS_MISSED)
