@@ -297,6 +297,33 @@ def test_the_scatter_pairs_clients_by_id_and_seed_and_counts_sides(runs: list[Ru
         figures.client_scatter(mine, other[:1])
 
 
+def test_the_scatter_of_a_regression_is_of_losses_and_below_the_line_is_better(
+    runs: list[Run],
+) -> None:
+    (ours, _), (theirs, _) = of(runs, "fedmerge"), of(runs, "fedavg")
+
+    def with_losses(run: Run, losses: Mapping[str, float | None]) -> Run:
+        clients = tuple(
+            ClientResult(name, None, 1, 1, 1, {"merged": None}, {"merged": value})
+            for name, value in losses.items()
+        )
+        return replace(run, last=replace(run.last, clients=clients))
+
+    mine = [with_losses(ours, {"a": 0.5, "b": 2.0, "c": 4.0, "d": 1.0, "e": 1.0})]
+    other = [with_losses(theirs, {"a": 1.0, "b": 3.0, "c": 3.0, "d": None, "e": 1.0})]
+    assert figures.client_pairs(mine, other) == []
+    wanted = [(1.0, 0.5), (3.0, 2.0), (3.0, 4.0), (1.0, 1.0)]
+    assert figures.client_pairs(mine, other, "loss") == wanted  # d diverged
+    figure = figures.client_scatter(mine, other, "loss")
+    shown = texts(figure)
+    assert "better with fedmerge: 2 of 4 (clients × seeds)" in shown
+    assert "better with fedavg: 1, equal: 1" in shown
+    assert "test loss, fedmerge" in shown
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.5
+    assert high > 4
+
+
 def test_dots_stand_at_the_mean(runs: list[Run]) -> None:
     axes = figures.method_dots(of(runs, "ditto")).axes[0]
     marks = [line for line in axes.get_lines() if len(np.asarray(line.get_xdata())) == 1]

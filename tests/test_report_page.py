@@ -368,6 +368,9 @@ def test_a_regression_is_told_in_squared_error_and_its_clients_gain(tmp_path: Pa
     assert "not known: a model diverged" in page
     (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
     assert data["unit"] == "squared error"
+    place = [method["name"] for method in data["methods"]].index("fedavg")
+    theirs = [client["values"][place] for client in data["clients"]]
+    assert theirs == [500, 200, 300, "diverged", 300, 300]
 
 
 def test_a_lone_method_is_not_ranked(tmp_path: Path) -> None:

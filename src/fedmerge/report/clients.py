@@ -211,7 +211,8 @@ def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[
     """Return what the page shows of each client of `subject`, and its accuracy in all runs.
 
     others: the runs of all methods with the same setting and seed. Accuracies (or losses of a
-    regression) are in thousandths, a list in the order of `others`; weights in hundredths.
+    regression) are in thousandths, a list in the order of `others`, or "diverged"; weights in
+    hundredths.
     """
     metric = _metric(subject.clients)
     values = [
@@ -231,13 +232,21 @@ def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[
                 "kind": client.kind,
                 "n": [client.n_train, client.n_validation, client.n_test],
                 "labels": list(client.label_counts),
-                "values": [_thousandths(seen.get(client.id)) for seen in values],
+                "values": [_read(seen, client, metric) for seen in values],
                 "row": None if rows is None else rows[i].tolist(),
                 "worth": [_thousandths(value) for value in client.importance],
             }
             for i, client in ((i, subject.clients[i]) for i in chosen)
         ],
     }
+
+
+def _read(seen: Mapping[str, float | None], client: ClientResult, metric: str) -> int | str | None:
+    """What is known of a client in a run, in thousandths; files hold no loss of a diverged model,
+    which must not seem to be a client without test data."""
+    value = _thousandths(seen.get(client.id))
+    gone = value is None and client.id in seen and metric == "loss" and client.n_test > 0
+    return "diverged" if gone else value
 
 
 def _thousandths(value: float | None) -> int | None:

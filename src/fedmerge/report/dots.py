@@ -85,27 +85,32 @@ def method_dots(
         return figure
 
 
-def client_scatter(fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run]) -> Figure:
+def client_scatter(
+    fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run], metric: str = "accuracy"
+) -> Figure:
     """Draw each client's test accuracy with FedMerge (y) against the same client's with FedAvg (x).
+
+    Of its test loss with `metric` "loss".
 
     Clients are paired by seed and id, with the merged model. Those that fall on one spot are one
     mark, whose area grows with their number up to a largest one; a key says how many each size is.
     Raises ConfigError if the runs share no client.
     """
-    pairs = client_pairs(fedmerge_runs, fedavg_runs)
+    pairs = client_pairs(fedmerge_runs, fedavg_runs, metric)
     if not pairs:
-        raise ConfigError("client_scatter: the two methods share no client with an accuracy")
+        raise ConfigError(f"client_scatter: the two methods share no client with a known {metric}")
     ours, theirs = fedmerge_runs[0].method, fedavg_runs[0].method
-    points, low = _spots(pairs)
+    name, better = METRICS[metric].label, METRICS[metric].better
+    points, low, high = _spots(pairs, metric)
     most = max(points.values())
     # The marks together must leave room between them, and one client must be no more than a dot.
     full = max(16.0, min(_LARGEST, 16.0 * most, _MARKED * most / len(pairs)))
-    above = sum(y > x for x, y in pairs)
-    below = sum(y < x for x, y in pairs)
+    ahead = sum(better * (y - x) > 0 for x, y in pairs)
+    behind = sum(better * (y - x) < 0 for x, y in pairs)
     with drawing():
-        figure = new_figure(5.2, 4.85, f"accuracy of each client, {ours} against {theirs}")
+        figure = new_figure(5.2, 4.85, f"{metric} of each client, {ours} against {theirs}")
         axes = figure.add_axes((0.145, 0.165, 0.765, 0.702))
-        axes.plot([low, 1], [low, 1], color=INK, linewidth=0.8, alpha=0.6)
+        axes.plot([low, high], [low, high], color=INK, linewidth=0.8, alpha=0.6)
         for colour, marker, side in _SIDES:
             for size in sorted(
                 {_size(count / most, full) for count in points.values()}, reverse=True
@@ -121,19 +126,19 @@ def client_scatter(fedmerge_runs: Sequence[Run], fedavg_runs: Sequence[Run]) -> 
                     zorder=3, clip_on=False,
                 )  # fmt: skip
         _size_key(figure, most, full)
-        pad = 0.035 * (1 - low)
-        axes.set_xlim(low - pad, 1 + pad)
-        axes.set_ylim(low - pad, 1 + pad)
+        pad = 0.035 * max(high - low, 1e-9)
+        axes.set_xlim(low - pad, high + pad)
+        axes.set_ylim(low - pad, high + pad)
         axes.set_aspect("equal")
         quiet_grid(axes, "x")
         quiet_grid(axes, "y")
-        axes.set_xlabel(f"test accuracy, {short_name(theirs)}")
-        axes.set_ylabel(f"test accuracy, {short_name(ours)}")
+        axes.set_xlabel(f"{name}, {short_name(theirs)}")
+        axes.set_ylabel(f"{name}, {short_name(ours)}")
         n = len(pairs)
-        note = f"better with {short_name(ours)}: {above} of {n} (clients × seeds)"
+        note = f"better with {short_name(ours)}: {ahead} of {n} (clients × seeds)"
         bold = {"color": PALETTE["accent"][0], "fontweight": "bold"}
         figure.text(0.145, 0.955, note, fontdict=bold)
-        note = f"better with {short_name(theirs)}: {below}, equal: {n - above - below}"
+        note = f"better with {short_name(theirs)}: {behind}, equal: {n - ahead - behind}"
         figure.text(0.145, 0.905, note)
         return figure
 
@@ -144,21 +149,27 @@ _MARKED = 6000.0  # square points, of all marks together
 _SPOTS = 60  # marks that have room side by side
 
 
-def _spots(pairs: Sequence[tuple[float, float]]) -> tuple[Counter[tuple[float, float, int]], float]:
-    """How many pairs fall on each (x, y, sign of y - x), and the lowest coordinate.
+def _spots(
+    pairs: Sequence[tuple[float, float]], metric: str
+) -> tuple[Counter[tuple[float, float, int]], float, float]:
+    """How many pairs fall on each (x, y, side), and the ends of both axes.
 
-    Where they would be too many to tell apart, those nearer than a mark's width are one spot.
+    The side is 1 where y is better than x, -1 where it is worse. Where the spots would be too many
+    to tell apart, those nearer than a mark's width are one spot.
     """
+    better = METRICS[metric].better
     low = min(min(pair) for pair in pairs)
-    exact = Counter((x, y, int(np.sign(y - x))) for x, y in pairs)
-    step = max(1 - low, 1e-9) / _SPOTS
+    high = 1.0 if metric == "accuracy" else max(max(pair) for pair in pairs)
+    exact = Counter((x, y, int(np.sign(better * (y - x)))) for x, y in pairs)
+    step = max(high - low, 1e-9) / _SPOTS
     if len(exact) <= _SPOTS * 4:
-        return exact, low
+        return exact, low, high
 
     def near(value: float) -> float:
         return round(low + step * round((value - low) / step), 6)
 
-    return Counter((near(x), near(y), int(np.sign(y - x))) for x, y in pairs), low
+    found = Counter((near(x), near(y), int(np.sign(better * (y - x)))) for x, y in pairs)
+    return found, low, high
 
 
 def _size(share: float, full: float) -> float:
@@ -190,17 +201,22 @@ def _size_key(figure: Figure, most: int, full: float) -> None:
         x += 0.06 + 0.0135 * len(text)
 
 
-def client_pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[float, float]]:
-    """(x, y) = accuracy with `theirs` and with `ours` of each client that both have on a seed."""
+def client_pairs(
+    ours: Sequence[Run], theirs: Sequence[Run], metric: str = "accuracy"
+) -> list[tuple[float, float]]:
+    """(x, y) = accuracy with `theirs` and with `ours` of each client that both have on a seed.
+
+    Or its "loss" as `metric`. Clients whose model has diverged are left out.
+    """
     by_seed = {
-        run.seed: {client.id: client.accuracy.get("merged") for client in run.clients}
+        run.seed: {client.id: getattr(client, metric).get("merged") for client in run.clients}
         for run in theirs
     }
     pairs = []
     for run in ours:
         other = by_seed.get(run.seed, {})
         for client in run.clients:
-            x, y = other.get(client.id), client.accuracy.get("merged")
+            x, y = other.get(client.id), getattr(client, metric).get("merged")
             if x is not None and y is not None and finite(x) and finite(y):
                 pairs.append((x, y))
     return pairs

@@ -111,8 +111,8 @@ def _of_setting(
         yield "differences", figures.duel_intervals(fought, sums.subject, metric)
     ours = [run for run in runs if run.method == sums.subject]
     theirs = [run for run in runs if run.method == "fedavg"]
-    if figures.client_pairs(ours, theirs):
-        yield "clients", figures.client_scatter(ours, theirs)
+    if figures.client_pairs(ours, theirs, metric):
+        yield "clients", figures.client_scatter(ours, theirs, metric)
 
 
 def _of_clients(runs: Sequence[Run], subject: str | None) -> Iterator[tuple[str, Figure, Run]]:

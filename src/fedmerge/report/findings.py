@@ -79,12 +79,13 @@ def findings(runs: Sequence[Run]) -> Findings:
 
 def _variant(method: str, subject: str) -> str:
     """What a variant's name stands for, and how it is counted."""
-    _, _, options = method.partition(":")
-    what = f"with {options.replace(',', ', ')}" if options else "with its usual settings"
-    if "-" in method.partition(":")[0]:
-        what = "in another form"
+    name, _, options = method.partition(":")
+    what = f" with {options.replace(',', ', ')}" if options else ""
+    if name == "fedmerge-ft":
+        what += ", whose model a client fine-tunes while that helps it"
+    what = what or " with its usual settings"
     role = "the sentences are about it" if method == subject else "it counts as another method"
-    return f"{method} is FedMerge {what}; {role}."
+    return f"{method} is FedMerge{what}; {role}."
 
 
 def _accuracy(run: Run) -> float | None:

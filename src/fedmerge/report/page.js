@@ -179,13 +179,16 @@
     const known = client.values.map((value, i) => ({ value, method: data.methods[i] }))
       .filter((one) => one.value !== null);
     const sign = data.metric === "accuracy" ? -1 : 1;
-    known.sort((a, b) => sign * (a.value - b.value));
-    const most = data.metric === "accuracy" ? 1000 : Math.max(...known.map((one) => one.value), 1);
+    const size = (value) => value === "diverged" ? Infinity : value;  // of a loss
+    known.sort((a, b) => size(a.value) === size(b.value) ? 0 : sign * (size(a.value) - size(b.value)));
+    const finite = known.map((one) => one.value).filter((value) => value !== "diverged");
+    const most = data.metric === "accuracy" ? 1000 : Math.max(...finite, 1);
     for (const { value, method } of known) {
       const item = make("li", undefined, method.name === data.ours ? "ours" : "");
       const bar = make("i"), name = make("b", method.name);
-      bar.style.width = `${value / most * 100}%`;
-      item.append(name, bar, make("span", (value / 1000).toFixed(3)));
+      const gone = value === "diverged";
+      bar.style.width = `${gone ? 0 : value / most * 100}%`;
+      item.append(name, bar, make("span", gone ? value : (value / 1000).toFixed(3)));
       list.append(item);
     }
     part.append(make("h5", `test ${data.metric} under each method, merged model`), list);

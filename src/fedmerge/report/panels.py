@@ -63,7 +63,7 @@ def panel(
     theirs = [run for run in runs if run.method == rival]
     focus = focused(methods, subject)
     styles = apart(styles, focus or methods)
-    pairs = figures.client_pairs(mine, theirs)
+    pairs = figures.client_pairs(mine, theirs, metric)
     gaps = any(finite(point.gap_test) for run in runs for point in run.log)
     fought = [duel for duel in duels if duel.setting == name]
     return {
@@ -92,7 +92,8 @@ def panel(
         "duels": figures.to_svg(figures.duel_intervals(fought, ours or "", metric))
         if fought
         else None,
-        "scatter": figures.to_svg(figures.client_scatter(mine, theirs)) if pairs else None,
+        "scatter": figures.to_svg(figures.client_scatter(mine, theirs, metric)) if pairs else None,
+        "side": "Above" if METRICS[metric].better > 0 else "Below",
         "ours": ours,
         "rival": rival,
         **_clients(runs, ours, methods, styles, room),
