@@ -32,6 +32,7 @@ def federation(clients: list[Any], training: Training = TRAINING) -> LocalGrid:
     [
         ("fedmerge", 1.0),
         ("fedmerge:d=2", 0.5),
+        ("fedmerge-ft:finetune=1", 1.0),
         ("fedavg", 1.0),
         ("ditto", 1.0),
         ("ifca:d=2", 1.0),
