@@ -470,3 +470,23 @@ def test_costs_are_short_and_ranges_where_they_differ() -> None:
     assert models_text([0.0]) == "0"
     assert models_text([0.0003, 0.0052]) == "<0.1"
     assert models_text([0.837, 0.95]) == "0.84 to 0.95"
+
+
+def test_fine_tuning_before_use_is_told_apart_and_counts_against_nobody() -> None:
+    means = {"fedmerge": 0.9, "fedmerge-ft": 0.95, "fedmerge:d=2": 0.7, "fedavg": 0.8}
+    runs = make({"domain": {m: [v, v + 0.001, v + 0.003] for m, v in means.items()}})
+    found = findings(runs)
+    assert found.headline.startswith("fedmerge had the best merged-model accuracy in domain")
+    assert "over fedavg" in found.headline
+    assert found.not_won == ()
+    assert "fedmerge-ft is FedMerge, whose model a client fine-tunes" in found.variants
+    assert "it and fedmerge are not counted against each other" in found.variants
+    assert "fedmerge:d=2 is FedMerge with d=2; it counts as another method." in found.variants
+    # The same training, fine-tuned, is judged by itself against the others.
+    assert "fedmerge-ft had the best merged-model accuracy in domain" in found.variants
+    assert "lead of 0.150 over fedavg" in found.variants
+    two = [run for run in runs if run.method in ("fedmerge", "fedmerge-ft")]
+    assert "there is no other method to judge it by" in findings(two).headline
+    only = findings([run for run in runs if run.method != "fedmerge"])
+    assert only.headline.startswith("fedmerge-ft had the best")
+    assert "not counted" not in only.variants

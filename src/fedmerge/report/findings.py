@@ -20,7 +20,8 @@ class Findings:
     headline: what was won, what was lost, and whether the seeds are enough to tell. not_won: one
     sentence for each setting where another method had the better mean. by_setting: one sentence for
     each setting. caveat: the test and its limits. name: of what the sentences are about. variants:
-    what the other FedMerge variants are, empty if there are none.
+    what the other FedMerge variants are, and what is found of "fedmerge-ft"; empty if there are
+    none.
     """
 
     headline: str
@@ -34,57 +35,77 @@ class Findings:
 def findings(runs: Sequence[Run]) -> Findings:
     """Say what `runs` show of the merged model's test accuracy, or loss where there is no accuracy.
 
-    The subject is the first FedMerge variant in the runs; other variants count as rivals.
+    The subject is the first FedMerge variant in the runs; other variants count as rivals, but for
+    the same one with or without fine-tuning before use: its training is the same.
     """
-    scored = {run.column for run in runs if finite(_accuracy(run))}
-    tables = [
-        comparison(part, "merged", metric)
-        for metric, part in (
-            ("accuracy", [run for run in runs if run.column in scored]),
-            ("loss", [run for run in runs if run.column not in scored]),
-        )
-        if part
-    ]
     variants = unique(run.method for run in runs if is_fedmerge(run.method))
-    caveat = tables[0].note if tables else ""
     settings = unique(run.column for run in runs)
     if not variants:
-        said: dict[str, str] = {
-            name: _leader(table, name) for table in tables for name in table.settings
-        }
+        tables = _tables(runs)
+        said = {name: _leader(table, name) for table in tables for name in table.settings}
         headline = " ".join(_without_fedmerge(table) for table in tables)
+        caveat = tables[0].note if tables else ""
         return Findings(headline, (), {name: said[name] for name in settings}, caveat)
     subject = variants[0]
+    twin = _twin(subject)
     name = "FedMerge" if len(variants) == 1 else subject
-    headlines: list[str] = []
-    fewest: list[int] = []
-    lost: set[str] = set()
-    said = {}
-    for table in (table for table in tables if subject in table.methods):
-        judged = [s for s in table.settings if _judged(table, subject, s)]
-        headlines.append(_headline(table, subject, name, judged))
-        fewest += [table.entries[subject, s].n for s in judged]
-        lost |= {s for s in judged if not table.entries[subject, s].best}
-    for table in tables:
-        said |= {s: _sentence(table, subject, name, s) for s in table.settings}
+    tables = _tables([run for run in runs if run.method != twin])
+    said = {s: _sentence(table, subject, name, s) for table in tables for s in table.settings}
+    lost = {s for table in tables for s in _judged(table, subject) if not _won(table, subject, s)}
+    said |= {
+        s: _leader(table, s) for table in _tables(runs) for s in table.settings if s not in said
+    }
+    notes = [_variant(one, subject, twin) for one in variants if len(variants) > 1]
+    if twin in variants:
+        notes += _headlines(_tables([run for run in runs if run.method != subject]), twin, twin)
     return Findings(
-        headline=" ".join([*headlines, *_few(fewest)]),
+        headline=" ".join(_headlines(tables, subject, name)),
         not_won=tuple(said[s] for s in settings if s in lost),
         by_setting={s: said[s] for s in settings},
-        caveat=caveat,
+        caveat=tables[0].note if tables else "",
         name=name,
-        variants=" ".join(_variant(one, subject) for one in variants if len(variants) > 1),
+        variants=" ".join(notes),
     )
 
 
-def _variant(method: str, subject: str) -> str:
+def _tables(runs: Sequence[Run]) -> list[Table]:
+    """The accuracy of the settings that have one, and the loss of the others."""
+    scored = {run.column for run in runs if finite(_accuracy(run))}
+    parts = (
+        ("accuracy", [run for run in runs if run.column in scored]),
+        ("loss", [run for run in runs if run.column not in scored]),
+    )
+    return [comparison(part, "merged", metric) for metric, part in parts if part]
+
+
+def _headlines(tables: Sequence[Table], subject: str, name: str) -> list[str]:
+    """What was won and lost in each table, and what must be said with it."""
+    tables = [table for table in tables if subject in table.methods]
+    judged = [_judged(table, subject) for table in tables]
+    found = [_headline(t, subject, name, js) for t, js in zip(tables, judged, strict=True)]
+    few = [t.entries[subject, s].n for t, js in zip(tables, judged, strict=True) for s in js]
+    return [*found, *_few(few)]
+
+
+def _twin(method: str) -> str:
+    """The same FedMerge with fine-tuning before use, or without it."""
+    name, colon, options = method.partition(":")
+    name = "fedmerge" if name == "fedmerge-ft" else "fedmerge-ft"
+    return f"{name}{colon}{options}"
+
+
+def _variant(method: str, subject: str, twin: str) -> str:
     """What a variant's name stands for, and how it is counted."""
     name, _, options = method.partition(":")
     what = f" with {options.replace(',', ', ')}" if options else ""
     if name == "fedmerge-ft":
         what += ", whose model a client fine-tunes while that helps it"
     what = what or " with its usual settings"
-    role = "the sentences are about it" if method == subject else "it counts as another method"
+    role = "it counts as another method"
+    if method == subject:
+        role = "the sentences are about it"
+    elif method == twin:
+        role = f"it and {subject} are not counted against each other"
     return f"{method} is FedMerge{what}; {role}."
 
 
@@ -93,8 +114,14 @@ def _accuracy(run: Run) -> float | None:
     return None if scores is None else scores.accuracy
 
 
-def _judged(table: Table, subject: str, setting: str) -> bool:
-    return _ran(table, subject, setting) and len(_runners(table, setting)) > 1
+def _judged(table: Table, subject: str) -> list[str]:
+    """The settings in which the subject ran beside others."""
+    settings = table.settings if subject in table.methods else ()
+    return [s for s in settings if _ran(table, subject, s) and len(_runners(table, s)) > 1]
+
+
+def _won(table: Table, subject: str, setting: str) -> bool:
+    return table.entries[subject, setting].best
 
 
 def _few(seeds: Sequence[int]) -> list[str]:

@@ -155,7 +155,7 @@ def _listed(subject: Run, same: Mapping[str, Run], data: Mapping[str, Any]) -> d
                 "kind": client["kind"],
                 "n": client["n"],
                 "values": [
-                    value_text(data["metric"], None if v is None else v / 1000)
+                    v if v == "diverged" else value_text(data["metric"], v and v / 1000)
                     for v in (client["values"][i] for i in at)
                 ],
             }
