@@ -490,3 +490,6 @@ def test_fine_tuning_before_use_is_told_apart_and_counts_against_nobody() -> Non
     only = findings([run for run in runs if run.method != "fedmerge"])
     assert only.headline.startswith("fedmerge-ft had the best")
     assert "not counted" not in only.variants
+    alone = findings([run for run in runs if run.method in ("fedmerge-ft", "fedavg")])
+    assert alone.headline.startswith("fedmerge-ft had the best")
+    assert alone.variants.startswith("fedmerge-ft is FedMerge, whose model a client fine-tunes")

@@ -48,14 +48,14 @@ def findings(runs: Sequence[Run]) -> Findings:
         return Findings(headline, (), {name: said[name] for name in settings}, caveat)
     subject = variants[0]
     twin = _twin(subject)
-    name = "FedMerge" if len(variants) == 1 else subject
+    name = called(variants)
     tables = _tables([run for run in runs if run.method != twin])
     said = {s: _sentence(table, subject, name, s) for table in tables for s in table.settings}
     lost = {s for table in tables for s in _judged(table, subject) if not _won(table, subject, s)}
     said |= {
         s: _leader(table, s) for table in _tables(runs) for s in table.settings if s not in said
     }
-    notes = [_variant(one, subject, twin) for one in variants if len(variants) > 1]
+    notes = [_variant(one, subject, twin) for one in variants if name == subject]
     if twin in variants:
         notes += _headlines(_tables([run for run in runs if run.method != subject]), twin, twin)
     return Findings(
@@ -85,6 +85,12 @@ def _headlines(tables: Sequence[Table], subject: str, name: str) -> list[str]:
     found = [_headline(t, subject, name, js) for t, js in zip(tables, judged, strict=True)]
     few = [t.entries[subject, s].n for t, js in zip(tables, judged, strict=True) for s in js]
     return [*found, *_few(few)]
+
+
+def called(variants: Sequence[str]) -> str:
+    """What the first of the FedMerge variants is called in sentences."""
+    plain = len(variants) == 1 and not variants[0].startswith("fedmerge-ft")
+    return "FedMerge" if plain else variants[0]
 
 
 def _twin(method: str) -> str:

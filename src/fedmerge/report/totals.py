@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedmerge.report.findings import called
 from fedmerge.report.overall import Duel, Ranking, Regret, duels, overviews, ranking, regrets
 from fedmerge.report.ranking import METRICS, Table, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
@@ -55,7 +56,7 @@ def totals(runs: Sequence[Run], model: str = "merged", at: str = "last") -> Tota
     rivals = [name for table in tables for name in table.methods if name != subject]
     if subject and rivals:
         variants = unique(run.method for run in runs if is_fedmerge(run.method))
-        name = "FedMerge" if len(variants) == 1 else subject
+        name = called(variants)
         for table, part in zip(tables, lost, strict=True):
             _regret(name, subject, table, part, figures, sentences)
         _rank(name, subject, ranked, figures, sentences)
