@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedmerge import algorithms
+from fedmerge import ConfigError, algorithms
 from fedmerge.algorithms import Setup, Tensors, Trainer, fine_tuned_while_it_helps
 
 
@@ -19,7 +19,8 @@ class FineTuned(algorithms.Algorithm):
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
         model = super().personal(setup, message, memory, trainer)
-        assert isinstance(model, Tensor), f"{self.name} uses a mixture of models"
+        if not isinstance(model, Tensor):
+            raise ConfigError(f"{self.name} uses a mixture of models: wanted a method of one model")
         return fine_tuned_while_it_helps(model, 5, trainer)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import test_rivals_server
 from core_fixture import TRAINING, make_clients, net, normal, plain, run, simulate
+from fedmerge import algorithms
 from fedmerge.algorithms import (
     IFCA,
     METHODS,
@@ -134,7 +136,7 @@ def test_fine_tuning_goes_on_as_long_as_it_helps(setup: Setup) -> None:
         (2.0, inf, 0.1, 0.1): 0,
         (2.0, 1.0, inf, 0.1): 3,
         (inf, 5.0, 6.0, 1.0): 3,  # it had diverged before
-        (nan, nan, nan, nan): 0,  # no validation data
+        (nan, nan, nan, nan): 0,  # not known
     }
     start = setup.initial(0).repeat(len(clients), 1)
     losses = iter(torch.tensor(list(clients), dtype=F64).T)
@@ -461,3 +463,18 @@ def test_nothing_is_left_out_where_each_client_may_have_a_model_of_its_own() -> 
 def test_more_models_than_clients_are_refused_by_a_simulation() -> None:
     with pytest.raises(ConfigError, match="d = 7 models for 6 clients"):
         simulate("fedmerge:d=7", make_clients(6), training=TRAINING)
+
+
+@pytest.mark.parametrize("name", ["WarmIFCA", "FeSEM", "CFL", "PPFL", "FedAvg"])
+def test_the_example_gives_others_the_same_last_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    method = make_method(f"fine_tuned.{name}")
+    kind = getattr(algorithms, {"WarmIFCA": "IFCA"}.get(name, name))
+    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    ours, theirs = run(method, rounds=7), run(kind(**options), rounds=7)
+    for key, value in theirs.soup.shared.items():
+        assert torch.equal(ours.soup.shared[key], value)  # the same training
+    ids = [client.id for client in ours.clients]
+    assert not torch.equal(ours.personal(ids), theirs.personal(ids))

@@ -13,7 +13,8 @@ import pytest
 from fedmerge.errors import MissingExtraError, StateError
 from fedmerge.report.export import escape, to_csv, to_latex, write_figures
 from fedmerge.report.ranking import comparison
-from report_fixture import KINDS, METHODS, write_folder
+from report_fixture import KINDS, METHODS, write_folder, write_run
+from test_report_page import make_regression
 from test_report_tables import make
 
 VALUES = {
@@ -49,6 +50,17 @@ def test_every_picture_comes_in_three_forms_and_repeats_to_the_byte(tmp_path: Pa
         assert data.startswith(heads.get(name.rsplit(".")[-1], b"")), name
     write_figures(tmp_path)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+
+
+def test_a_regression_has_the_clients_under_both_methods_too(tmp_path: Path) -> None:
+    for method in ("fedmerge", "fedavg"):
+        write_run(tmp_path, "domain", method, 0, 2, clients=6)
+    make_regression(tmp_path)
+    out, _ = write_figures(tmp_path)
+    text = (out / "domain-clients.svg").read_text()
+    assert {"test loss, fedmerge", "test loss, fedavg"} <= set(
+        re.findall(r">([^<>]+)</text>", text)
+    )
 
 
 def test_csv_holds_every_number_unrounded() -> None:

@@ -322,6 +322,13 @@ def test_the_scatter_of_a_regression_is_of_losses_and_below_the_line_is_better(
     low, high = figure.axes[0].get_ylim()
     assert low < 0.5
     assert high > 4
+    drawn = {
+        matplotlib.colors.to_hex(c.get_facecolor()[0]): sorted(map(tuple, c.get_offsets().tolist()))
+        for c in figure.axes[0].collections
+        if len(c.get_offsets())
+    }
+    assert drawn[PALETTE["accent"][0]] == [(1.0, 0.5), (3.0, 2.0)]  # where fedmerge is better
+    assert drawn[PALETTE["blue"][0]] == [(3.0, 4.0)]
 
 
 def test_dots_stand_at_the_mean(runs: list[Run]) -> None:

@@ -354,6 +354,7 @@ def test_a_regression_is_told_in_squared_error_and_its_clients_gain(tmp_path: Pa
     path.write_text(json.dumps(result))
     text = write_report(tmp_path).read_text()
     page = " ".join(Page(text).words)
+    assert "Below the line fedmerge is better" in page
     assert "squared error (root scale)" in page
     assert "test gap, squared error" in page
     assert "by how much its validation loss (squared error) rises" in page
@@ -368,9 +369,25 @@ def test_a_regression_is_told_in_squared_error_and_its_clients_gain(tmp_path: Pa
     assert "not known: a model diverged" in page
     (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
     assert data["unit"] == "squared error"
+
+
+@pytest.mark.parametrize(("mean", "said"), [(None, "diverged"), (0.4, None)])
+def test_a_client_without_a_loss_has_diverged_or_was_not_measured(
+    tmp_path: Path, mean: float | None, said: str | None
+) -> None:
+    for method in ("fedmerge", "fedavg"):
+        write_run(tmp_path, "domain", method, 0, 2, clients=3)
+    make_regression(tmp_path)
+    (path,) = tmp_path.glob("runs/*fedavg*/result.json")
+    result = json.loads(path.read_text())
+    result["models"]["merged"]["loss"] = mean
+    for client, loss in zip(result["clients"], (0.5, None, 0.3), strict=True):
+        client["loss"]["merged"] = loss
+    path.write_text(json.dumps(result))
+    text = write_report(tmp_path).read_text()
+    (data,) = (json.loads(d) for d in re.findall(r'json">(.*?)</script>', text))
     place = [method["name"] for method in data["methods"]].index("fedavg")
-    theirs = [client["values"][place] for client in data["clients"]]
-    assert theirs == [500, 200, 300, "diverged", 300, 300]
+    assert [client["values"][place] for client in data["clients"]] == [500, said, 300]
 
 
 def test_a_lone_method_is_not_ranked(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def fine_tuned_while_it_helps(start: Tensor, epochs: int, trainer: Trainer) -> T
     """Models (k, P) fine-tuned at the clients whose validation loss that lowers by a tenth or more.
 
     There it goes on, to twice and to four times as many epochs, as long as the loss falls. Where it
-    does not help, and at clients without validation data, the model is as it was.
+    does not help, the model is as it was.
     """
     best = end = start
     if not epochs:
@@ -197,7 +197,7 @@ def fine_tuned_while_it_helps(start: Tensor, epochs: int, trainer: Trainer) -> T
     for times, purpose in ((1, "finetune"), (1, "finetune to 2"), (2, "finetune to 4")):
         end = trainer.fit(end, epochs=times * epochs, purpose=purpose)[0]
         loss = trainer.loss(end, "validation")
-        # NaN without validation data, infinite for a model that has diverged: below nothing.
+        # Infinite for a model that has diverged, NaN where it is not known: below nothing.
         going = going & (loss < bar)
         if not going.any():
             break

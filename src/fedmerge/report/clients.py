@@ -215,10 +215,7 @@ def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[
     hundredths.
     """
     metric = _metric(subject.clients)
-    values = [
-        {client.id: getattr(client, metric).get("merged") for client in run.clients}
-        for run in others
-    ]
+    values = [_read(run, metric) for run in others]
     chosen = sample(len(subject.clients), most)
     rows = None if subject.weights is None else np.round(subject.weights * 100).astype(int)
     return {
@@ -232,7 +229,7 @@ def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[
                 "kind": client.kind,
                 "n": [client.n_train, client.n_validation, client.n_test],
                 "labels": list(client.label_counts),
-                "values": [_read(seen, client, metric) for seen in values],
+                "values": [seen.get(client.id) for seen in values],
                 "row": None if rows is None else rows[i].tolist(),
                 "worth": [_thousandths(value) for value in client.importance],
             }
@@ -241,12 +238,16 @@ def cards(subject: Run, others: Sequence[Run], most: int = MAX_CLIENTS) -> dict[
     }
 
 
-def _read(seen: Mapping[str, float | None], client: ClientResult, metric: str) -> int | str | None:
-    """What is known of a client in a run, in thousandths; files hold no loss of a diverged model,
-    which must not seem to be a client without test data."""
-    value = _thousandths(seen.get(client.id))
-    gone = value is None and client.id in seen and metric == "loss" and client.n_test > 0
-    return "diverged" if gone else value
+def _read(run: Run, metric: str) -> dict[str, int | str | None]:
+    """What is known of each client of a run, in thousandths.
+
+    Files hold no loss of a diverged model, nor of a client that was not measured; but only the
+    first leaves the mean without a value, too.
+    """
+    mean = run.last.models["merged"].loss if "merged" in run.last.models else None
+    gone = "diverged" if metric == "loss" and not finite(mean) else None
+    read = {c.id: _thousandths(getattr(c, metric).get("merged")) for c in run.clients}
+    return {name: gone if value is None else value for name, value in read.items()}
 
 
 def _thousandths(value: float | None) -> int | None:

@@ -58,8 +58,9 @@ def findings(runs: Sequence[Run]) -> Findings:
     notes = [_variant(one, subject, twin) for one in variants if name == subject]
     if twin in variants:
         notes += _headlines(_tables([run for run in runs if run.method != subject]), twin, twin)
+    ran = [t.entries[subject, s].n for t in tables for s in _judged(t, subject)]
     return Findings(
-        headline=" ".join(_headlines(tables, subject, name)),
+        headline=" ".join([*_headlines(tables, subject, name), *_few(ran)]),
         not_won=tuple(said[s] for s in settings if s in lost),
         by_setting={s: said[s] for s in settings},
         caveat=tables[0].note if tables else "",
@@ -79,12 +80,9 @@ def _tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def _headlines(tables: Sequence[Table], subject: str, name: str) -> list[str]:
-    """What was won and lost in each table, and what must be said with it."""
+    """What was won and lost in each table."""
     tables = [table for table in tables if subject in table.methods]
-    judged = [_judged(table, subject) for table in tables]
-    found = [_headline(t, subject, name, js) for t, js in zip(tables, judged, strict=True)]
-    few = [t.entries[subject, s].n for t, js in zip(tables, judged, strict=True) for s in js]
-    return [*found, *_few(few)]
+    return [_headline(table, subject, name, _judged(table, subject)) for table in tables]
 
 
 def called(variants: Sequence[str]) -> str:
