@@ -147,7 +147,7 @@ class RuleByHand:
 
     def _settled(self, i: str, row: Row) -> Row:
         """The row (b, d) of client i on its way home, if its kind has one."""
-        if not self.kinds or self.round < 5:
+        if not self.kinds:
             return row
         mean = np.mean(list(self.seen_past.values()), axis=0)
 
@@ -212,7 +212,13 @@ class RuleByHand:
                 self.peak = np.inf  # for good
         groups = [g for g in groups if len(g) > 1]
         d = len(self.models)
-        if far and 1 < len(groups) <= d:
+        if not 1 < len(groups) <= d:
+            return
+        if self.round < 5:
+            so_far = self._parting([[self.past[names[i]] for i in g] for g in groups])
+            lately = self._parting([[self.last[names[i]][0] for i in g] for g in groups])
+            far *= min(so_far, lately)
+        if far:
             self.far = far
             rows = [np.mean([self.weights[names[i]] for i in g], axis=0) for g in groups]
             best = [
@@ -226,3 +232,11 @@ class RuleByHand:
                 ([names[i] for i in members], [best[b][g] for b in range(len(self.spans))])
                 for g, members in enumerate(groups)
             ]
+
+    def _parting(self, groups: list[list[Row]]) -> float:
+        """How little kinds' mean updates point the same way, given those of their members."""
+        means = [np.mean(updates, axis=0) for updates in groups]
+        cosines = [
+            a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in combinations(means, 2)
+        ]
+        return float(np.clip(1 - np.mean(cosines) / 0.05, 0, 1))

@@ -15,12 +15,14 @@ from fedmerge.kinds import (
     FEWEST,
     LASTING,
     SETTLING,
+    TOGETHER,
     directions,
     grouped,
     homes,
     in_common,
     lasting,
     likenesses,
+    parting,
     plainness,
     settled,
 )
@@ -41,7 +43,7 @@ def pasts(kinds: list[int], noise: float = 0.1, seed: int = 0) -> Tensor:
 def table(kinds: list[int], logits: Tensor, seed: int = 0) -> Peers:
     past = pasts(kinds, seed=seed)
     made = {"place": torch.arange(len(kinds)), "past": past, "sketch": past, "logits": logits}
-    made["home"] = homes(made, 0, 0.0)[2]
+    made["home"] = homes(made, SETTLING, 0.0)[2]
     return made
 
 
@@ -117,7 +119,7 @@ def test_each_kind_has_homes_of_its_own_where_its_rows_weigh_most() -> None:
     logits[::2, 1, 1] = 1.0
     logits[1::2, 1, 0] = 1.0
     past = pasts(kinds, seed=9)
-    far, _, found = homes({"past": past, "sketch": past, "logits": logits}, 0, 0.0)
+    far, _, found = homes({"past": past, "sketch": past, "logits": logits}, SETTLING, 0.0)
     assert far == plain(likenesses(past)) > 0
     assert found.tolist() == [[2, 1], [1, 0]] * 3 + [[-1, -1]]
 
@@ -135,7 +137,7 @@ def test_nobody_has_a_home_where_kinds_are_not_told(kinds: list[int], d: int) ->
     assert len(kinds) >= FEWEST or len(kinds) == 4
     # With this seed four clients would pass for two kinds.
     past = pasts(kinds, seed=9)
-    far, _, found = homes({"past": past, "sketch": past, "logits": rows(kinds, d)}, 0, 0.0)
+    far, _, found = homes({"past": past, "sketch": past, "logits": rows(kinds, d)}, SETTLING, 0.0)
     assert far == 0
     assert bool((found == -1).all())
 
@@ -238,12 +240,58 @@ def test_the_first_updates_are_remembered_in_full_and_later_ones_less() -> None:
     torch.testing.assert_close(past, 1 + sketch * torch.tensor([1, 1, 0.25])[:, None, None])
 
 
+def test_kinds_are_parting_where_their_mean_updates_point_no_way_in_common() -> None:
+    kinds = torch.tensor([0, 1, 2, 0, 1, 2, 3])  # one alone is not asked
+    ways = torch.eye(8)[[0, 1, 2, 0, 1, 2, 3]] * torch.tensor([1, 1, 1, 3, 2, 5, 9])[:, None]
+    noise = torch.tensor([1, 1, 1, -1, -1, -1, 0])[:, None] * normal(1, 8)
+    updates = (ways + noise).view(7, 2, 4)
+    assert parting(updates, kinds) == pytest.approx(1)
+    updates[:, 1, 3] = 9.0  # beside which the rest is little
+    assert parting(updates, kinds) == 0
+    # Three means of length 1 with a cosine of c: c / TOGETHER of the way to 0.
+    third = 0.6 * TOGETHER
+    axes = torch.linalg.cholesky(torch.full((3, 3), third, dtype=F64).fill_diagonal_(1))
+    updates = torch.cat([axes, axes]).view(6, 1, 3)
+    assert parting(updates, kinds[:6]) == pytest.approx(1 - 0.6)
+    axes = torch.linalg.cholesky(torch.full((3, 3), -0.3, dtype=F64).fill_diagonal_(1))
+    assert parting(torch.cat([axes, axes]), kinds[:6]) == 1
+
+
+def test_before_kinds_settle_they_go_home_as_far_as_they_are_parting_so_far_and_lately() -> None:
+    past = pasts([0, 1, 2, 3] * 4, noise=0.3)
+    kinds = grouped(likenesses(past))
+    together = past + 20.0  # all one way
+    logits = rows([0] * 16, 4)
+    assert 0 < parting(past, kinds) <= 1
+    assert parting(together, kinds) == 0
+
+    def far(past: Tensor, sketch: Tensor, rounds: int) -> float:
+        peers = {"past": past, "sketch": sketch, "logits": logits}
+        made, _, found = homes(peers, rounds, 0.0)
+        assert bool((found >= 0).all()) == (made > 0)
+        return made
+
+    whole = far(past, past, SETTLING)
+    assert whole == far(together, together, SETTLING) > 0.5
+    assert far(past, past, 1) == far(past, past, SETTLING - 1) == whole * parting(past, kinds)
+    # What the two say differs: the less of both counts.
+    less = past + 0.4
+    assert 0 < parting(less, kinds) < parting(past, kinds)
+    assert far(past, less, 1) == far(less, past, 1) == whole * parting(less, kinds)
+    assert far(past, together, SETTLING - 1) == far(together, past, SETTLING - 1) == 0
+
+
 def play(
-    method: FedMerge, rounds: int = 14, noise: float = 0.1, graded: float = 0.0, fades: bool = False
+    method: FedMerge,
+    rounds: int = 14,
+    noise: float = 0.1,
+    graded: float = 0.0,
+    fades: bool = False,
+    together: float = 0.0,
 ) -> tuple[Soup, RuleByHand]:
     """Rounds of nine clients of three kinds, of which some are away at times.
 
-    Two of the kinds share as much as `graded` says. What clients have in common fades from round 6
+    Two of the kinds share as much as `graded` says, all three as much as `together`. What clients have in common fades from round 6
     on, or else shows more plainly from round 10 on.
     """
     soup = Soup(method, net(dtype=F64), seed=3)
@@ -252,6 +300,7 @@ def play(
     )
     shared = made_delta(soup, 3, 1)
     shared[1] += graded * (shared[0] - shared[1])
+    shared += together * made_delta(soup, 1, 2)
     for t in range(rounds):
         cohort = [f"c{i}" for i in range(9) if (i + t) % 7]
         sent = soup.send(cohort)
@@ -282,15 +331,21 @@ def test_rows_of_kinds_settle_as_by_hand(noise: float, fades: bool) -> None:
     weights = soup.weights(list(hand.weights))
     assert weights is not None
     np.testing.assert_allclose(weights, np.stack(list(hand.weights.values())), rtol=1e-4)
-    np.testing.assert_allclose(soup.shared["models"], hand.models, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(soup.shared["models"], hand.models, rtol=1e-4, atol=1e-5)
     without = play(FedMerge(d=4, settle=0))[0].weights(list(hand.weights))
     assert float((weights - without).abs().max()) > 0.1
 
 
-def test_no_row_goes_home_in_the_first_rounds() -> None:
-    one, other = (play(FedMerge(d=4, settle=s), SETTLING)[0] for s in (0.0, 1.0))
-    assert torch.equal(one.shared["models"], other.shared["models"])
-    assert float(other.shared["settled"]) > 0.5
+def test_rows_go_home_at_once_where_kinds_are_parting_and_else_after_the_first_rounds() -> None:
+    for together, rounds in ((0.0, SETTLING), (1.0, SETTLING), (1.0, SETTLING + 1)):
+        (one, _), (other, hand) = (
+            play(FedMerge(d=4, settle=s), rounds, together=together) for s in (0.0, 0.9)
+        )
+        waits = together and rounds == SETTLING
+        assert torch.equal(one.shared["models"], other.shared["models"]) == bool(waits)
+        assert float(other.shared["settled"]) == pytest.approx(hand.far, rel=1e-4)
+        assert hand.far > 0.5
+        np.testing.assert_allclose(other.shared["models"], hand.models, rtol=1e-3, atol=1e-5)
 
 
 def test_a_share_above_one_is_refused() -> None:

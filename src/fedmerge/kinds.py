@@ -26,8 +26,10 @@ FEWEST = 5
 JOIN = 0.5
 """Mean likeness from which on two groups of clients are of one kind."""
 SETTLING = 5
-"""Rounds before any row goes home: what all kinds can learn together they learn first. A row that
-has taken part as often makes no steps of its own on its way."""
+"""Rounds before which rows go home only as far as kinds are parting: what kinds can learn together
+they learn first. A row that has taken part as often makes no steps of its own on its way."""
+TOGETHER = 0.05
+"""Mean cosine of two kinds' updates from which on they learn something together."""
 LASTING = 12
 """Rounds from which on what like clients have in common should have begun to fade."""
 FADING = 0.75
@@ -107,6 +109,27 @@ def lasting(common: float, peak: float) -> float:
     return max(0.0, (common / peak - FADING) / (1 - FADING)) if peak > 0 else 0.0
 
 
+def parting(updates: Tensor, kinds: Tensor) -> float:
+    """Return from 0 to 1 how little kinds of several clients learn from each other.
+
+    It is 1 where their mean updates do not point the same way, by their mean cosine, and 0 from a
+    cosine of TOGETHER on.
+
+    Args:
+        updates: (n, ...) of each client. kinds: (n,), with two or more of several clients.
+    """
+    means = [updates[kinds == k].double().flatten(1).mean(0) for k in _several(kinds)]
+    towards = unit(torch.stack(means))
+    # Of all pairs of kinds, without each one's cosine of 1 with itself.
+    across = (float((towards @ towards.T).sum()) / len(means) - 1) / (len(means) - 1)
+    return min(1.0, max(0.0, 1 - across / TOGETHER))
+
+
+def _several(kinds: Tensor) -> list[int]:
+    """The kinds of more than one client."""
+    return [k for k, count in enumerate(torch.bincount(kinds).tolist()) if count > 1]
+
+
 def homes(peers: Peers, rounds: int, peak: float) -> tuple[float, float, Tensor]:
     """Return how far kinds should settle, from 0 to 1, the peak so far, and each peer's home model.
 
@@ -133,10 +156,13 @@ def homes(peers: Peers, rounds: int, peak: float) -> tuple[float, float, Tensor]
         lasts = lasting(common, peak)
         far = max(far, lasts)
         peak = peak if lasts else math.inf
-    if not far:
-        return 0.0, peak, nowhere
-    several = [k for k, count in enumerate(torch.bincount(kinds).tolist()) if count > 1]
+    several = _several(kinds)
     if not 1 < len(several) <= d:
+        return 0.0, peak, nowhere
+    if rounds < SETTLING:
+        # So far and in the last round: either alone is at times by chance.
+        far *= min(parting(peers["past"], kinds), parting(peers["sketch"], kinds))
+    if not far:
         return 0.0, peak, nowhere
     from scipy.optimize import linear_sum_assignment
 

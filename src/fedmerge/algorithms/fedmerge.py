@@ -200,22 +200,20 @@ class FedMerge(Algorithm):
             part["step"] = centred(logits - before)
             past = from_units(rows["past"], rows["past_unit"])
             part["past"] = remembered(past, part["sketch"], rows["count"])
-            logits = self._with_peers(shared, rows, part, logits, version)
+            logits = self._with_peers(shared, rows, part, logits)
         part["logits"] = logits
         share = merging_weights(logits) * updates.n_examples.double()[:, None, None]
         fold.sum.add(share, updates.delta)
         fold.parts.append({"share": share, **part})
 
-    def _with_peers(
-        self, shared: Tensors, rows: Tensors, part: Tensors, logits: Tensor, version: int
-    ) -> Tensor:
+    def _with_peers(self, shared: Tensors, rows: Tensors, part: Tensors, logits: Tensor) -> Tensor:
         """The rows (k, b, d) after their own step, moved by what the peers' show."""
         known, place = _peers(shared), rows["place"]
         if not len(known["place"]):
             return logits
         logits = drawn(logits, likeness(part["sketch"], place, known), known, self.pull)
         share = self.settle * float(shared[SETTLED])
-        if not share or version < SETTLING:
+        if not share:
             return logits
         # What leads astray once a kind has learned what it shares is a late step's noise: rows that
         # have taken part less often go home and make their own steps as well.

@@ -17,7 +17,7 @@ from scipy.special import stdtr
 
 from .folder import LOG
 
-HEATS = (2, 2, 4)
+HEATS = (4, 4)
 """Seeds that a race goes on with: few at first, which suffice for points that are far off."""
 OUT = 0.1
 """A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
@@ -61,9 +61,12 @@ def mean(scores: Scores) -> float | None:
 def score(folder: Path) -> float | None:
     """Return the score of a finished trial, higher is better; None where it diverged.
 
-    It is the mean over clients of the merged model's validation accuracy, minus its validation loss
-    where there is no accuracy, in the last evaluated round: the one of which figures are reported.
-    The round of least loss would misjudge methods that overfit, whose accuracy still rises then.
+    It is the merged model's validation accuracy: the mean of that over all clients and of that over
+    the worst tenth, which are the figures that a comparison judges by. The mean over all alone
+    cannot tell points apart that are as good for most and differ in what they do to a few. Where
+    there is no accuracy it is minus the mean validation loss. Both are of the last evaluated round,
+    the one of which figures are reported: that of least loss would misjudge methods that overfit,
+    whose accuracy still rises then.
     """
     last: dict[str, Any] | None = None
     for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
@@ -73,4 +76,4 @@ def score(folder: Path) -> float | None:
     accuracy = last["validation"]["accuracy"]
     if accuracy is None:
         return -float(last["validation"]["loss"]["mean"])
-    return float(accuracy["mean"])
+    return (float(accuracy["mean"]) + float(accuracy["worst_decile"])) / 2
