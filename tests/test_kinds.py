@@ -241,8 +241,9 @@ def test_the_first_updates_are_remembered_in_full_and_later_ones_less() -> None:
 
 
 def test_kinds_are_parting_where_their_mean_updates_point_no_way_in_common() -> None:
-    kinds = torch.tensor([0, 1, 2, 0, 1, 2, 3])  # one alone is not asked
+    kinds = torch.tensor([0, 1, 2, 0, 1, 2, 3])
     ways = torch.eye(8)[[0, 1, 2, 0, 1, 2, 3]] * torch.tensor([1, 1, 1, 3, 2, 5, 9])[:, None]
+    ways[6] = 9.0  # one alone is not asked
     noise = torch.tensor([1, 1, 1, -1, -1, -1, 0])[:, None] * normal(1, 8)
     updates = (ways + noise).view(7, 2, 4)
     assert parting(updates, kinds) == pytest.approx(1)
@@ -291,8 +292,8 @@ def play(
 ) -> tuple[Soup, RuleByHand]:
     """Rounds of nine clients of three kinds, of which some are away at times.
 
-    Two of the kinds share as much as `graded` says, all three as much as `together`. What clients have in common fades from round 6
-    on, or else shows more plainly from round 10 on.
+    Two of the kinds share as much as `graded` says, all three as much as `together`. What clients
+    have in common fades from round 6 on, or else shows more plainly from round 10 on.
     """
     soup = Soup(method, net(dtype=F64), seed=3)
     hand = RuleByHand(

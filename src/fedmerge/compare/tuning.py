@@ -88,9 +88,8 @@ class Choice:
 
     Attributes:
         values: the point; {} for the defaults.
-        scores: of the points, higher is better: validation accuracy, or minus the loss where there
-            is no accuracy, in the mean over the seeds that the point was tried with; None for a
-            point that diverged.
+        scores: of the points, by validation data (`race.score`), higher is better, in the mean over
+            the seeds that the point was tried with; None for a point that diverged.
         seeds: how many those were, of each point.
         failed: trials that ended in an error, with its text. Then the defaults are used.
     """
