@@ -17,7 +17,7 @@ from scipy.special import stdtr
 
 from .folder import LOG
 
-HEATS = (4, 4)
+HEATS = (2, 2, 4)
 """Seeds that a race goes on with: few at first, which suffice for points that are far off."""
 OUT = 0.1
 """A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
