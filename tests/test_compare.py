@@ -607,3 +607,37 @@ def test_killed_and_stopped_comparisons_go_on(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert len(read_rows(tmp_path)) == 24
     assert {path: finished()[path] for path in kept} == kept
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_shows_what_is_waited_for_and_then_the_cells(
+    tmp_path: Path, quiet: bool
+) -> None:
+    pty = pytest.importorskip("pty")
+    arguments = ("compare", "--settings", "domain", "--methods", "local", "--seeds", "0")
+    sizes = (
+        "--rounds",
+        "1",
+        "--clients",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+        *["--quiet"] * quiet,
+    )
+    ours, theirs = pty.openpty()
+    shown = b""
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedmerge", *arguments, *sizes],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        with suppress(OSError):  # of a terminal that nobody holds any more
+            while part := os.read(ours, 1 << 16):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    assert b"The page is" in shown
+    waited, counted = b"digits, domain: loading" in shown, b"1/1" in shown
+    assert (waited, counted) == (not quiet, not quiet)

@@ -253,7 +253,10 @@ def compare(
         @cache
         def n_clients(data: str, setting: str) -> int:
             config = load_config(None, configure(data, setting, "fedavg", protocol.seeds[0]))
-            return config.clients or len(config.federation().clients)
+            if config.clients:
+                return config.clients
+            with screen.waiting(f"{data}: loading", quiet):
+                return len(config.federation().clients)
 
         def points(data: str, setting: str, method: str) -> Any:
             return grid_points(method, protocol.trials, n_clients(data, setting))
@@ -271,7 +274,7 @@ def compare(
             down = trackers.prepare(tracked if size else (), out)
             try:
                 with Crew(run_cell, size, partial(prepare_worker, down)) as crew:
-                    _check_cells(plan.unfinished())
+                    _check_cells(plan.unfinished(), quiet)
                     folder.claim_comparison(out, protocol.facts())
                     with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
                         for outcome in crew.run(plan.ready(), out, plan.after):
@@ -336,11 +339,12 @@ def _fits(data: str, setting: str) -> bool:
     return fits(data, is_natural(setting))
 
 
-def _check_cells(cells: Sequence[Cell]) -> None:
+def _check_cells(cells: Sequence[Cell], quiet: bool = False) -> None:
     """Build each method in each setting once, so that what cannot run is said before all work.
 
     So is what is odd about the clients of the first seed where anything is: workers do not say it.
     """
+    from .compare.screen import waiting
     from .data import DataWarning
 
     first: dict[tuple[str, str], dict[str, RunConfig]] = {}
@@ -353,7 +357,8 @@ def _check_cells(cells: Sequence[Cell]) -> None:
         for config in seeds[pair].values():
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always", DataWarning)
-                federation = config.federation()
+                with waiting(f"{config.data}, {config.setting}: loading and dividing", quiet):
+                    federation = config.federation()
             for one in found:
                 warnings.warn(one.message, stacklevel=2)
             if any(issubclass(one.category, DataWarning) for one in found):
@@ -371,10 +376,11 @@ def data(
 ) -> None:
     """Show how a setting divides the data over the clients."""
     config = load_config(None, {**overrides, "setting": setting})
-    from .compare.screen import print_clients
+    from .compare.screen import print_clients, waiting
     from .data import describe, sample_images
 
-    federation = config.federation()
+    with waiting(f"{config.data}: loading"):
+        federation = config.federation()
     rows = describe(federation)
     print_clients(federation, rows)
     if out is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +66,20 @@ def _progress(title: str, total: int, quiet: bool) -> Iterator[tuple[Progress, T
         TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
-    hidden = quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    console, hidden = Console(stderr=True), _hidden(quiet)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         yield bar, bar.add_task(title, total=total, note="")
+
+
+def _hidden(quiet: bool) -> bool:
+    return quiet or not (sys.stdout.isatty() and sys.stderr.isatty())
+
+
+@contextmanager
+def waiting(what: str, quiet: bool = False) -> Iterator[None]:
+    """Show what is waited for, as long as there is nothing to count."""
+    with nullcontext() if _hidden(quiet) else Console(stderr=True).status(Text(what)):
+        yield
 
 
 @contextmanager
