@@ -239,7 +239,7 @@ def test_every_other_setting_is_an_option_of_compare(
             return []
 
     monkeypatch.setattr("fedmerge.compare.runner.Crew", NoCrew)
-    monkeypatch.setattr("fedmerge.cli._check_cells", lambda cells: None)
+    monkeypatch.setattr("fedmerge.cli._check_cells", lambda cells, quiet: None)
     own = {key: value for key, value in OTHER.items() if key not in NAMED}
     names = ("--data", f"gaussian,{tmp_path / 'own.csv'}", "--settings", "domain,natural")
     names += ("--methods", "fedavg", "--seeds", "3,5")
