@@ -121,6 +121,19 @@ def test_the_sum_says_regret_rank_and_losses_as_plainly_as_wins() -> None:
     assert [figure.value for figure in found.figures] == ["0.395", "1.3"]
 
 
+def test_the_fine_tuned_form_is_no_rival_of_the_same_training() -> None:
+    twins = {"fedmerge": WON["fedmerge"], "fedmerge-ft": LOST["local"], **WON}
+    for first, other in (("fedmerge", "fedmerge-ft"), ("fedmerge-ft", "fedmerge")):
+        values = {name: twins[name] for name in (first, other, "local")}
+        found = totals(make({"a": values, "b": values}))
+        assert found.subject == first
+        assert [duel.rival for duel in found.duels] == ["local", "local"]
+        said = f"Against each other method but {other} in each setting (2 comparisons), "
+        assert found.sentences[-1].startswith(said)
+    # What is no rival is named only where it is there.
+    assert " but " not in totals(make({"a": WON})).sentences[-1]
+
+
 def test_a_method_with_less_regret_is_named() -> None:
     found = totals(make(THREE))
     assert "; the next is ditto with 0.105 (in a)." in found.sentences[0]

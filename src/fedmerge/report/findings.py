@@ -47,7 +47,7 @@ def findings(runs: Sequence[Run]) -> Findings:
         caveat = tables[0].note if tables else ""
         return Findings(headline, (), {name: said[name] for name in settings}, caveat)
     subject = variants[0]
-    twin = _twin(subject)
+    twin = twin_of(subject)
     name = called(variants)
     tables = _tables([run for run in runs if run.method != twin])
     said = {s: _sentence(table, subject, name, s) for table in tables for s in table.settings}
@@ -91,7 +91,7 @@ def called(variants: Sequence[str]) -> str:
     return "FedMerge" if plain else variants[0]
 
 
-def _twin(method: str) -> str:
+def twin_of(method: str) -> str:
     """The same FedMerge with fine-tuning before use, or without it."""
     name, colon, options = method.partition(":")
     name = "fedmerge" if name == "fedmerge-ft" else "fedmerge-ft"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmerge.report.findings import called
+from fedmerge.report.findings import called, twin_of
 from fedmerge.report.overall import Duel, Ranking, Regret, duels, overviews, ranking, regrets
 from fedmerge.report.ranking import METRICS, Table, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge
@@ -32,7 +32,8 @@ class Totals:
     """What a comparison shows over all its settings.
 
     subject: the first FedMerge variant, or None. tables: accuracy, then loss where settings have
-    no accuracy. regrets: of each table. duels: of the subject with all others.
+    no accuracy. regrets: of each table. duels: of the subject with all others but its twin, which
+    is the same training.
     """
 
     subject: str | None
@@ -50,7 +51,9 @@ def totals(runs: Sequence[Run], model: str = "merged", at: str = "last") -> Tota
     lost = tuple(regrets(table) for table in tables)
     ranked = ranking(tables)
     subject = next((run.method for run in runs if is_fedmerge(run.method)), None)
-    fought = duels(runs, subject, model) if subject else ()
+    twin = twin_of(subject) if subject else None
+    rivalling = [run for run in runs if run.method != twin]
+    fought = duels(rivalling, subject, model) if subject else ()
     figures: list[Figure] = []
     sentences: list[str] = []
     rivals = [name for table in tables for name in table.methods if name != subject]
@@ -61,7 +64,7 @@ def totals(runs: Sequence[Run], model: str = "merged", at: str = "last") -> Tota
             _regret(name, subject, table, part, figures, sentences)
         _rank(name, subject, ranked, figures, sentences)
         _shares(name, [run for run in runs if run.method == subject], model, figures, sentences)
-        _duels(name, fought, sentences)
+        _duels(name, fought, sentences, twin if len(rivalling) < len(runs) else None)
     said = tuple(sentence.replace("….", "…") for sentence in sentences)
     return Totals(subject, tables, lost, ranked, fought, tuple(figures), said)
 
@@ -171,7 +174,7 @@ def _shares(
         sentences.append(f"Of {name}'s clients, {' and '.join(parts)}.")
 
 
-def _duels(name: str, fought: Sequence[Duel], sentences: list[str]) -> None:
+def _duels(name: str, fought: Sequence[Duel], sentences: list[str], twin: str | None) -> None:
     tested = [duel for duel in fought if duel.p is not None]
     if not tested:
         if fought:
@@ -184,8 +187,9 @@ def _duels(name: str, fought: Sequence[Duel], sentences: list[str]) -> None:
         return
     n = {verdict: sum(d.verdict == verdict for d in tested) for verdict in ("better", "worse")}
     open_ = len(tested) - n["better"] - n["worse"]
+    others = "each other method" + (f" but {twin}" if twin else "")
     text = (
-        f"Against each other method in each setting ({_count(len(tested), 'comparison')}), "
+        f"Against {others} in each setting ({_count(len(tested), 'comparison')}), "
         f"{name} is better beyond chance in {n['better']}, worse in {n['worse']}, and not told "
         f"apart in {open_}"
     )
