@@ -38,6 +38,8 @@ class RuleByHand:
     plain: float = 0.0
     far: float = 0.0
     peak: float = 0.0
+    helped: dict[str, float] = field(default_factory=dict)  # by its training, of late
+    overall: float = 0.0
     kinds: list[tuple[list[str], list[int]]] = field(
         default_factory=list
     )  # members, homes by block
@@ -57,8 +59,17 @@ class RuleByHand:
                 made[start:stop] += self.weights[client][b, j] * self.models[j, start:stop]
         return made
 
-    def step(self, delta: dict[str, Row], n: dict[str, int], length: dict[str, float]) -> None:
-        """One round of the clients in `delta` (P,); length = learning rate times steps."""
+    def step(
+        self,
+        delta: dict[str, Row],
+        n: dict[str, int],
+        length: dict[str, float],
+        said: dict[str, float] | None = None,
+    ) -> None:
+        """One round of the clients in `delta` (P,); length = learning rate times steps.
+
+        `said` is what they say of their training, where nothing is left out.
+        """
         stepped = {i: self._row(i, delta[i], length[i]) for i in delta}
         for i in delta:
             self.join(i)
@@ -66,6 +77,16 @@ class RuleByHand:
             self.past[i] = self.kept.get(i, 0) + weight * delta[i]
         drawn = {i: self._drawn(i, stepped[i], delta[i]) for i in delta}
         new = {i: self._settled(i, drawn[i]) for i in delta}
+        if not self.leave_one_out:
+            said = said or dict.fromkeys(delta, 0.0)
+            for i in delta:
+                before = self.helped.get(i, said[i])
+                self.helped[i] = 0.7 * before + 0.3 * said[i]
+            if self.round >= 16:
+                own = self._own_models()
+                new = {i: self._to_its_own(i, new[i], own) for i in delta}
+            mean = float(np.mean([said[i] for i in delta]))
+            self.overall = 0.7 * self.overall + 0.3 * mean if self.round else mean
         before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}
         for b, (start, stop) in enumerate(self.spans):
             pace = self._pace(
@@ -166,6 +187,35 @@ class RuleByHand:
         share = self.settle * self.far
         made = (1 - share) * start
         for b, model in enumerate(self.kinds[int(np.argmax(near))][1]):
+            made[b, model] += share
+        return made
+
+    def _own_models(self) -> dict[str, list[int]]:
+        """The model of each client by block, if there are as many, by the rows before the round."""
+        names, d = list(self.last), len(self.models)
+        if len(names) > d:
+            return {}
+        best = [
+            max(
+                permutations(range(d), len(names)),
+                key=lambda p: sum(self.weights[i][b, j] for i, j in zip(names, p, strict=True)),
+            )
+            for b in range(len(self.spans))
+        ]
+        return {i: [models[at] for models in best] for at, i in enumerate(names)}
+
+    def _to_its_own(self, i: str, row: Row, own: dict[str, list[int]]) -> Row:
+        """The row (b, d) of client i on its way to a model of its own, as far as that helps."""
+        if i not in own:
+            return row
+        often = len(self.seen[i]) + 1
+        enough = 0.05 * max(1, 8 / often) ** 2
+        judged = (self.helped[i] + self.overall) / 2
+        share = self.settle * min(1, max(0, (judged - enough) / 0.25))
+        missed = min(self.round - self.seen[i][-1], 5)
+        share = 1 - (1 - share) ** missed
+        made = (1 - share) * row
+        for b, model in enumerate(own[i]):
             made[b, model] += share
         return made
 

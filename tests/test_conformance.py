@@ -42,8 +42,11 @@ PERSONAL = {"local", "ditto", "fedavg-ft", "fedamp"}
 SENT = {"local": 0, "ifca": 4, "fedfomo": 5, "fedem": 3, "ppfl": 4, "moe": 4, "apple": 6}
 RETURNED = {"local": 0, "fedem": 3, "moe": 4}
 """Models that travel to a client and back in a round; 1 where it is not said."""
-EXTRA = {"ifca": 8, "ifca-warm": 8, "fedfomo": 5 * 8, "ppfl": 4 * 4}
-"""Bytes of what else a client sends: its cluster, its gains from the others, its membership."""
+EXTRA = {
+    "ifca": 8, "ifca-warm": 8, "fedfomo": 5 * 8, "ppfl": 4 * 4, "fedmerge": 8, "fedmerge-ft": 8,
+}  # fmt: skip
+"""Bytes of what else a client sends: its cluster, its gains from the others, its membership, by
+how much its training has helped it."""
 
 PERSONAL_HEAD = {"fedper", "fedrep", "fedbabu"}
 """Methods whose last layer stays with the client."""
@@ -246,10 +249,12 @@ def test_what_travels_is_counted(method: str) -> None:
 
 def test_a_round_of_fedmerge_costs_the_bytes_of_fedavg() -> None:
     averaged = run("fedavg", participation=0.7, dropout=0.2)
-    for method in ("fedmerge", "fedmerge:rule=paper"):
+    # Where each client may have a model of its own, it says by how much training has helped it.
+    for method, number in (("fedmerge:d=5", 0), ("fedmerge:rule=paper", 0), ("fedmerge", 8)):
         merged = run(method, participation=0.7, dropout=0.2)
         for a, b in zip(merged.history, averaged.history, strict=True):
-            assert (a.bytes_up, a.bytes_down) == (b.bytes_up, b.bytes_down)
+            replied = b.cohort - b.dropped
+            assert (a.bytes_up, a.bytes_down) == (b.bytes_up + number * replied, b.bytes_down)
 
 
 @every_method

@@ -5,6 +5,9 @@ The published rule's golden numbers are in `test_parity`; whole rounds are in ot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -393,29 +396,61 @@ COHORTS = (
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
 def test_the_default_rule_is_its_literal_transcription(leave_one_out: bool) -> None:
-    soup = Soup(
-        FedMerge(d=4, cap=0.5, horizon=3, init_noise=2, sketch=64, leave_one_out=leave_one_out),
-        net(dtype=F64),
-        seed=3,
-    )
+    method = FedMerge(d=4, cap=0.5, horizon=3, init_noise=2, sketch=64, leave_one_out=leave_one_out)
+    # What clients have put into the models is kept in 16 bits.
+    weights = beside_the_rule_by_hand(method, COHORTS, rtol=1e-4 if leave_one_out else 1e-5)
+    # It was not a test of rows that stay as they were.
+    assert float((weights - 0.25).abs().max()) > 0.1
+
+
+def test_so_it_is_where_each_client_may_have_a_model_of_its_own() -> None:
+    every, some, few = ("a", "b", "c", "d"), ("c", "a"), ("d",)
+    cohorts = (*[every] * 5, *[some] * 4, *[every] * 6, some, every, few, some, some, every, every)
+    # Of one whom training helps much and one it harms; d seldom takes part.
+    helped = {"a": 0.9, "b": -0.4, "c": 0.15, "d": 0.6}
+    method = FedMerge(cap=0.5, init_noise=2, sketch=64).resolve(4)
+    weights = beside_the_rule_by_hand(method, cohorts, helped, rtol=1e-5)
+    a, b, c, d = weights.amax(-1).mean(-1).tolist()
+    assert a > 0.95
+    assert d > c > 0.4
+    assert weights[0].argmax(-1).tolist() != weights[3].argmax(-1).tolist()
+    still = beside_the_rule_by_hand(replace(method, settle=0), cohorts, helped, rtol=1e-5)
+    assert float(still[0].amax(-1).max()) < 0.6
+
+
+def beside_the_rule_by_hand(
+    method: FedMerge,
+    cohorts: Sequence[Sequence[str]],
+    helped: dict[str, float] | None = None,
+    *,
+    rtol: float,
+) -> Tensor:
+    """Compare rounds of made-up updates with `RuleByHand`; return the last weights."""
+    soup = Soup(method, net(dtype=F64), seed=3)
     layout = soup.setup.layout
     assert all(stop - start <= 64 for start, stop in layout.spans)
     hand = RuleByHand(
         soup.shared["models"].numpy().copy(),
         layout.spans,
-        cap=0.5,
-        horizon=3,
-        leave_one_out=leave_one_out,
+        cap=method.cap,
+        horizon=method.horizon,
+        leave_one_out=bool(method.leave_one_out),
+        settle=method.settle,
     )
-    # What clients have put into the models is kept in 16 bits.
-    near: dict[str, float] = {"rtol": 1e-4 if leave_one_out else 1e-5, "atol": 1e-5}
-    for t, cohort in enumerate(COHORTS):
+    near: dict[str, float] = {"rtol": rtol, "atol": 1e-5}
+    for t, cohort in enumerate(cohorts):
         sent = soup.send(cohort)
         for i, client in enumerate(cohort):
             np.testing.assert_allclose(sent.message[i, 0], hand.merged(client), **near)
         # Some steps below the cap, some above it.
         delta = (0.02 if t % 2 else 2.0) * made_delta(soup, len(cohort), 50 + t)
-        updates = make_updates(sent, delta, lr=torch.linspace(0.1, 0.4, len(cohort), dtype=F64))
+        said = {c: helped[c] + 0.1 * (t % 3 - 1) for c in cohort} if helped else None
+        updates = make_updates(
+            sent,
+            delta,
+            lr=torch.linspace(0.1, 0.4, len(cohort), dtype=F64),
+            extra={"help": torch.tensor([said[c] for c in cohort], dtype=F64)} if said else {},
+        )
         assert soup.fold(updates) == []
         soup.commit()
         length = updates.lr * updates.steps
@@ -423,13 +458,13 @@ def test_the_default_rule_is_its_literal_transcription(leave_one_out: bool) -> N
             {c: delta[i].numpy() for i, c in enumerate(cohort)},
             {c: int(updates.n_examples[i]) for i, c in enumerate(cohort)},
             {c: float(length[i]) for i, c in enumerate(cohort)},
+            said,
         )
         weights = soup.weights(list(hand.weights))
         assert weights is not None
         np.testing.assert_allclose(weights, np.stack(list(hand.weights.values())), **near)
         np.testing.assert_allclose(soup.shared["models"], hand.models, **near)
-    # It was not a test of rows that stay as they were.
-    assert float((weights - 0.25).abs().max()) > 0.1
+    return weights
 
 
 def alone(method: FedMerge, rounds: int) -> Soup:

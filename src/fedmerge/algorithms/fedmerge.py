@@ -11,6 +11,7 @@ is in `fedmerge_paper`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -20,11 +21,22 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..kinds import SETTLING, homes, settled
 from ..merging import FLOOR, block_scores, eg_row_step, merge_rows, merging_weights
+from ..own import NEW, help_of, recent, share_of, towards_own
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
 from ..sums import ModelSum, model_pace
-from .base import Algorithm, Cost, Fold, Setup, Tensors, Trainer, Updates, fine_tuned_while_it_helps
+from .base import (
+    Algorithm,
+    Cost,
+    Fold,
+    Local,
+    Setup,
+    Tensors,
+    Trainer,
+    Updates,
+    fine_tuned_while_it_helps,
+)
 
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
@@ -35,6 +47,9 @@ PEERS = "peers."
 """How their tables are called in the shared state."""
 SETTLED = "settled"
 """How far kinds should settle, there: () float64 from 0 to 1."""
+HELPED = "helped"
+"""By how much training at the clients has lowered their validation losses of late, there: ()
+float64, `own.recent`; where each client may have a model of its own."""
 PEAK = "peak"
 """Most that the updates of like clients have had in common in a round, there: () float64, infinite
 once that has faded."""
@@ -94,6 +109,11 @@ class FedMerge(Algorithm):
     def _leaves_out(self) -> bool:
         return self.leave_one_out is not False
 
+    @property
+    def _may_own(self) -> bool:
+        """Whether rows may go to a model of their own each, by what training does for them."""
+        return self.leave_one_out is False and self.peers > 0 and self.settle > 0
+
     def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.d or 12
         b = len(setup.layout.blocks)
@@ -101,8 +121,10 @@ class FedMerge(Algorithm):
         known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
         own, past = 2 * self.sketch + 4, self.sketch + 4
         client = b * d * (8 + own * self._leaves_out) + b * past * bool(self.peers)
+        said = 8 * self._may_own
+        row = setup.layout.n_bytes
         return Cost(
-            server=d + known / setup.layout.n_bytes, server_per_client=client / setup.layout.n_bytes
+            up=1 + said / row, server=d + known / row, server_per_client=(client + said) / row
         )
 
     def shared(self, setup: Setup) -> Tensors:
@@ -119,7 +141,8 @@ class FedMerge(Algorithm):
         if not self.peers:
             return {"models": models}
         known = no_peers(len(setup.layout.blocks), d, self.sketch)
-        return {"models": models, **_named(known, 0.0, 0.0)}
+        numbers = {SETTLED: 0.0, PEAK: 0.0} | ({HELPED: 0.0} if self._may_own else {})
+        return {"models": models, **_named(known, numbers)}
 
     def rows(self, setup: Setup, k: int) -> Tensors:
         b, d = len(setup.layout.blocks), self.d or 12
@@ -135,6 +158,8 @@ class FedMerge(Algorithm):
             made["place"] = torch.zeros(k, dtype=torch.int64)
             made["past"] = torch.zeros(k, b, self.sketch, dtype=torch.int8)
             made["past_unit"] = torch.zeros(k, b)
+        if self._may_own:
+            made["helped"] = torch.zeros(k, dtype=torch.float64)
         return made
 
     def weights(self, setup: Setup, rows: Tensors) -> Tensor:
@@ -147,12 +172,29 @@ class FedMerge(Algorithm):
         weights = self.weights(setup, rows)
         return merge_rows(shared["models"], weights, setup.layout, out[:, 0])[:, None]
 
+    def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
+        start = message[:, 0]
+        end, steps = trainer.fit(start)
+        said: Tensors = {}
+        if self._may_own:
+            before, after = (trainer.loss(model, "validation") for model in (start, end))
+            said["help"] = help_of(before, after)
+        return Local(setup.layout.update(start, end), steps, memory, end, said)
+
+    def fits(self, shared: Tensors, extra: Tensors) -> bool:
+        # A client need not say how much its training has helped it.
+        said = extra.get("help", torch.zeros((), dtype=torch.float64))
+        return said.dtype == torch.float64 and not said.ndim and bool(said.abs() <= 1)
+
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
         return fine_tuned_while_it_helps(message[:, 0], self.finetune, trainer)
 
-    def _pace(self, rows: Tensors, version: int) -> Tensor:
+    def _missed(self, rows: Tensors, version: int) -> Tensor:
         missed = (version - rows["last"]).clamp(1, MOST_ROUNDS_MISSED)
-        missed = torch.where(rows["last"] < 0, 1, missed)
+        return torch.where(rows["last"] < 0, 1, missed)
+
+    def _pace(self, rows: Tensors, version: int) -> Tensor:
+        missed = self._missed(rows, version)
         return missed * (self.horizon / (rows["count"] + 1)).clamp(max=1.0) ** 2
 
     def _least(self, rows: Tensors, version: int) -> Tensor:
@@ -201,6 +243,14 @@ class FedMerge(Algorithm):
             past = from_units(rows["past"], rows["past_unit"])
             part["past"] = remembered(past, part["sketch"], rows["count"])
             logits = self._with_peers(shared, rows, part, logits)
+        if self._may_own:
+            said = updates.extra.get("help", torch.zeros(len(updates), dtype=torch.float64))
+            part["helped"] = recent(rows["helped"], said, rows["count"] == 0)
+            part["said"] = said
+            if version >= NEW:
+                missed = self._missed(rows, version)
+                share = share_of(part["helped"], shared[HELPED], part["count"], missed, self.settle)
+                logits = towards_own(logits, share, rows["place"], _peers(shared))
         part["logits"] = logits
         share = merging_weights(logits) * updates.n_examples.double()[:, None, None]
         fold.sum.add(share, updates.delta)
@@ -254,13 +304,17 @@ class FedMerge(Algorithm):
             far, peak = 0.0, 0.0
             if self.settle:
                 far, peak, known["home"] = homes(known, version + 1, float(shared[PEAK]))
-            made |= _named(known, far, peak)
+            numbers = {SETTLED: far, PEAK: peak}
+            if self._may_own:
+                rows["helped"] = fold.gathered("helped")
+                said = fold.gathered("said").sort().values.mean()  # in whatever order they came
+                numbers[HELPED] = float(recent(shared[HELPED], said, version == 0))
+            made |= _named(known, numbers)
         return made, rows
 
 
-def _named(known: Peers, far: float, peak: float) -> Tensors:
+def _named(known: Peers, numbers: Mapping[str, float]) -> Tensors:
     tables = {f"{PEERS}{name}": table for name, table in known.items()}
-    numbers = {SETTLED: far, PEAK: peak}
     return tables | {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
 
 

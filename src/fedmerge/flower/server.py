@@ -314,9 +314,11 @@ class Server:
     def _method(self) -> str:
         # With what depends on the number of clients filled in, as it is here.
         name, *options = self.settings.method.split(":")
-        d = getattr(self.soup.algorithm, "d", None)
-        given = any(option.startswith("d=") for option in options)
-        return ":".join([name, *options, *([f"d={d}"] if d is not None and not given else [])])
+        given = {option.partition("=")[0] for option in options}
+        for option in {"d", "leave_one_out"} - given:
+            value = getattr(self.soup.algorithm, option, None)
+            options += [] if value is None else [f"{option}={value}".lower()]
+        return ":".join([name, *sorted(options)])
 
 
 def _row_statistics(

@@ -1,0 +1,182 @@
+"""When a client has a model of its own, by numbers made by hand; the whole rule: `test_merging`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from core_fixture import equal, made_delta, make_clients, make_updates, net, run, soup_tensors
+from fedmerge import FedMerge, Soup
+from fedmerge.config import load_config
+from fedmerge.own import NEW, help_of, own_models, recent, share_of, towards_own
+from fedmerge.peers import Peers, no_peers
+from fedmerge.privacy import Privacy
+from fedmerge.safety import Safety
+
+F64 = torch.float64
+
+
+def peers(weights: list[list[float]], places: list[int] | None = None) -> Peers:
+    """Clients with rows of one block."""
+    n, d = len(weights), len(weights[0])
+    logits = torch.tensor(weights, dtype=F64).log()[:, None]
+    place = torch.arange(n) if places is None else torch.tensor(places)
+    return no_peers(1, d, 3) | {"place": place, "logits": logits}
+
+
+def test_help_is_the_log_of_by_how_much_a_loss_has_fallen() -> None:
+    before = torch.tensor([0.999, 0.499, 0.2, 5.0, math.inf, 0.3, math.nan, math.inf])
+    after = torch.tensor([0.499, 0.999, 0.2, 0.0, 1.0, math.inf, math.nan, math.inf])
+    found = help_of(before, after)
+    # A client without validation data, or whose model was lost before, does not know.
+    wanted = [math.log(2), -math.log(2), 0, 1, 1, -1, 0, 0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert found.dtype == F64
+
+
+def test_the_mean_runs_from_the_first_value() -> None:
+    before, said = torch.tensor([0.0, 0.5], dtype=F64), torch.tensor([0.4, -0.5], dtype=F64)
+    assert recent(before, said, torch.tensor([True, False])).tolist() == pytest.approx([0.4, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("helped", "overall", "taken_part", "missed", "share"),
+    [
+        (0.05, 0.05, 40, 1, 0.0),
+        (0.1, 0.1, 40, 1, 0.1),
+        (0.3, -0.1, 40, 1, 0.1),  # half of it is what it is to all
+        (0.1, 0.1, 40, 2, 1 - 0.9**2),
+        (0.9, 0.3, 40, 1, 0.5),
+        (-0.9, 0.3, 40, 1, 0.0),
+        (0.3, 0.3, 8, 1, 0.5),
+        (0.3, 0.3, 4, 1, 0.2),  # a fifth is asked of whom a twentieth would do otherwise
+        (0.3, 0.3, 3, 1, 0.0),
+    ],
+)
+def test_how_far_a_row_goes(
+    helped: float, overall: float, taken_part: int, missed: int, share: float
+) -> None:
+    one = torch.tensor([helped], dtype=F64), torch.tensor(overall, dtype=F64)
+    found = share_of(*one, torch.tensor([taken_part]), torch.tensor([missed]), 0.5)
+    assert float(found) == pytest.approx(share, abs=1e-12)
+
+
+def test_each_has_another_model_and_the_sum_of_their_weights_is_largest() -> None:
+    rows = [[0.6, 0.3, 0.1], [0.7, 0.1, 0.2], [0.2, 0.5, 0.3]]
+    # .3 + .7 + .3 is more than .6 + .2 + .5 only as long as nobody else is there.
+    assert own_models(peers(rows)).tolist() == [[0], [2], [1]]
+    assert own_models(peers(rows[:2])).tolist() == [[1], [0]]
+    four = [*rows, [0.4, 0.3, 0.3]]
+    assert own_models(peers(four)).tolist() == [[-1]] * 4
+
+
+def test_rows_go_to_their_own_models_and_those_not_seen_before_stay() -> None:
+    known = peers([[0.6, 0.4], [0.8, 0.2]], places=[7, 3])
+    logits = torch.full((3, 1, 2), 0.5, dtype=F64).log()
+    share = torch.tensor([0.2, 0.5, 0.5], dtype=F64)
+    moved = towards_own(logits, share, torch.tensor([3, 7, 5]), known).softmax(-1)
+    np.testing.assert_allclose(moved[:, 0], [[0.6, 0.4], [0.25, 0.75], [0.5, 0.5]], rtol=1e-12)
+    still = towards_own(logits, torch.zeros(3, dtype=F64), torch.tensor([3, 7, 5]), known)
+    assert torch.equal(still, logits)
+    nobody = no_peers(1, 2, 3)
+    assert torch.equal(towards_own(logits, share, torch.tensor([3, 7, 5]), nobody), logits)
+
+
+def few(said: float | None, rounds: int, method: FedMerge | None = None) -> Soup:
+    """Rounds of three clients of as many models, who all say the same of their training."""
+    soup = Soup((method or FedMerge()).resolve(3), net(dtype=F64), seed=3)
+    clients = ["a", "b", "c"]
+    extra = {} if said is None else {"help": torch.full((3,), said, dtype=F64)}
+    for t in range(rounds):
+        sent = soup.send(clients)
+        assert soup.fold(make_updates(sent, 0.01 * made_delta(soup, 3, t), extra=extra)) == []
+        soup.commit()
+    return soup
+
+
+def largest(soup: Soup) -> float:
+    weights = soup.weights()
+    assert weights is not None
+    return float(weights.amax(-1).min())
+
+
+def test_rows_stay_while_models_are_new_and_where_training_does_not_help() -> None:
+    assert largest(few(1.0, NEW)) < 0.5
+    assert largest(few(1.0, NEW + 6)) > 0.95
+    unsaid = few(None, NEW + 6)
+    assert largest(unsaid) < 0.5
+    for said in (0.0, 0.05, -1.0):
+        weights = few(said, NEW + 6).weights()
+        assert torch.equal(weights, unsaid.weights())  # type: ignore[arg-type]
+    assert largest(few(1.0, NEW + 6, FedMerge(settle=0))) < 0.5
+
+
+def test_with_more_clients_than_models_nobody_is_asked() -> None:
+    simulation = run("fedmerge:d=3", make_clients(4), rounds=2)
+    assert not any("help" in name for name in soup_tensors(simulation.soup))
+    asked = run("fedmerge", make_clients(4), rounds=2)
+    helped = asked.soup.rows(asked.soup.clients)["helped"]
+    assert helped.abs().max() > 0.01
+    assert float(asked.soup.shared["helped"]) == pytest.approx(float(helped.mean()))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        torch.tensor([0.1]),
+        torch.tensor([[0.1]], dtype=F64),
+        torch.tensor([1.01], dtype=F64),
+        torch.tensor([math.nan], dtype=F64),
+    ],
+)
+def test_what_cannot_be_is_refused(said: Tensor) -> None:
+    soup = few(0.2, 1)
+    sent = soup.send(["a"])
+    refusals = soup.fold(make_updates(sent, made_delta(soup, 1, 9), extra={"help": said}))
+    assert [r.reason for r in refusals] == ["shape"]
+
+
+def test_it_does_not_matter_in_what_order_clients_say_it() -> None:
+    def one(order: list[int]) -> dict[str, Tensor]:
+        soup = Soup(FedMerge().resolve(3), net(dtype=F64), seed=3, ordered=True)
+        for t in range(NEW + 3):
+            sent = soup.send(["a", "b", "c"])
+            said = torch.tensor([0.3, 0.1, 0.7], dtype=F64) + 0.01 * t
+            updates = make_updates(sent, made_delta(soup, 3, t), extra={"help": said})
+            for i in order:
+                soup.fold(updates.take([i]))
+            soup.commit()
+        return soup_tensors(soup)
+
+    assert equal(one([0, 1, 2]), one([2, 0, 1]))
+
+
+def test_with_privacy_nothing_is_said_of_the_validation_data() -> None:
+    safety = Safety(privacy=Privacy(clip=1.0, noise=1.0))
+    soup = Soup(FedMerge().resolve(3), net(dtype=F64), seed=3, safety=safety)
+    assert not any("help" in name for name in soup_tensors(soup))
+
+
+def test_few_clients_whom_training_helps_are_better_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight clients, of eight kinds that share three factors, of whom one is in each round."""
+
+    def accuracy() -> float:
+        found = []
+        for seed in (500, 501, 502):
+            settings: dict[str, Any] = {"setting": "concept-mix", "clients": 8, "seed": seed}
+            sizes = {"rounds": 60, "participation": 0.1, "evaluate_every": 60}
+            config = load_config(
+                None, {"data": "digits", "method": "fedmerge", **settings, **sizes}
+            )
+            logs = list(config.simulation(config.federation()).rounds())
+            found.append(logs[-1].to_json()["metrics"]["merged"]["test"]["accuracy"]["mean"])
+        return float(np.mean(found))
+
+    reached = accuracy()
+    monkeypatch.setattr("fedmerge.algorithms.fedmerge.NEW", 1000)
+    assert reached > accuracy() + 0.02
