@@ -410,7 +410,7 @@ def test_so_it_is_where_each_client_may_have_a_model_of_its_own() -> None:
     helped = {"a": 0.9, "b": -0.4, "c": 0.15, "d": 0.6}
     method = FedMerge(cap=0.5, init_noise=2, sketch=64).resolve(4)
     weights = beside_the_rule_by_hand(method, cohorts, helped, rtol=1e-5)
-    a, b, c, d = weights.amax(-1).mean(-1).tolist()
+    a, _, c, d = weights.amax(-1).mean(-1).tolist()
     assert a > 0.95
     assert d > c > 0.4
     assert weights[0].argmax(-1).tolist() != weights[3].argmax(-1).tolist()
