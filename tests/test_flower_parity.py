@@ -41,6 +41,8 @@ def federation(clients: list[Any], training: Training = TRAINING) -> LocalGrid:
         ("fedper", 1.0),
         ("fedem", 1.0),
         ("apfl", 1.0),
+        ("fedfomo", 1.0),
+        ("apple", 0.5),
     ],
 )
 def test_a_federation_is_the_simulation(tmp_path: Path, method: str, participation: float) -> None:

@@ -21,7 +21,8 @@ import httpx
 from flwr.app import Error, Message
 from torch import nn
 
-from fedmerge import ConfigError, StateError, Training
+from core_fixture import ALL_METHODS
+from fedmerge import ConfigError, StateError, Training, make_method
 from fedmerge.flower import ServerConfig, client_app, wire
 from fedmerge.flower.folder import locked, write_operator
 from fedmerge.flower.identity import key_id
@@ -85,6 +86,7 @@ class Liar:
             "repeated": {"coded": first.coded},
             "foreign": {"ticket": replace(found.ticket, client="c0")},
             "no examples": {"n_examples": 0},
+            "boasting": {"extra": {"help": torch.tensor(7.0, dtype=torch.float64)}},
             "silent": {"error": "no answer"} if again else {},
         }
         return changed(message, reply, **parts[self.how])
@@ -102,6 +104,7 @@ class Liar:
         ("repeated", "duplicate", 2),
         ("foreign", "foreign", 3),
         ("no examples", "empty", 3),
+        ("boasting", "shape", 3),
     ],
 )
 def test_a_liar_is_refused_and_the_others_learn_as_without_it(
@@ -480,3 +483,16 @@ def test_a_soup_can_be_read_without_flower(tmp_path: Path) -> None:
     kept = Soup.open(tmp_path, server.soup.algorithm, network)
     assert kept.version == 3
     assert torch.equal(kept.shared["models"], server.soup.shared["models"])
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_clients_make_the_method_that_the_server_has_filled_in(tmp_path: Path, method: str) -> None:
+    server = Server(grid_of([]), settings(tmp_path, method=method, clients=4), network)
+    assert make_method(server._method()).resolve(None) == server.soup.algorithm
+
+
+def test_with_privacy_clients_do_not_say_what_their_training_did(tmp_path: Path) -> None:
+    options = {"method": "fedmerge:peers=9", "clip": 1.0, "noise": 1.0}
+    server = Server(grid_of([]), settings(tmp_path, **options), network)
+    assert server._method() == "fedmerge:peers=0:d=4:leave_one_out=false"
+    assert not any("help" in name for name in server.soup.shared)

@@ -5,6 +5,7 @@ It moves bytes, waits and saves. What is sent, taken, refused and learned is dec
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from ..algorithms import make_method
 from ..codec import cut
 from ..errors import ConfigError, FedmergeError
 from ..params import ModelSource
@@ -312,13 +314,15 @@ class Server:
         return max(1, math.ceil(self.settings.clients * self.settings.participation / 2))
 
     def _method(self) -> str:
-        # With what depends on the number of clients filled in, as it is here.
-        name, *options = self.settings.method.split(":")
-        given = {option.partition("=")[0] for option in options}
-        for option in {"d", "leave_one_out"} - given:
-            value = getattr(self.soup.algorithm, option, None)
-            options += [] if value is None else [f"{option}={value}".lower()]
-        return ":".join([name, *sorted(options)])
+        # With what was filled in here, by the number of clients or for privacy.
+        name, *given = self.settings.method.split(":")
+        options = dict(option.split("=", 1) for option in given)
+        plain, mine = make_method(self.settings.method).resolve(None), self.soup.algorithm
+        for option in (field.name for field in dataclasses.fields(mine)):
+            value = getattr(mine, option)
+            if value != getattr(plain, option):
+                options[option] = str(value).lower()
+        return ":".join([name, *(f"{option}={value}" for option, value in options.items())])
 
 
 def _row_statistics(
