@@ -4,7 +4,8 @@ The default rule: rows move by an exponentiated-gradient step per block of layer
 client's own past contributions taken out of the models, and with the steps of clients whose updates
 resemble theirs; where kinds of clients are plain, or go on learning the same, the rows of a kind
 settle on models of its own. Where only some clients take part in a round, rows that start late
-catch up at once, and a model goes as far as the round's clients use it.
+catch up at once, and a model goes as far as the round's clients use it. Where clients are few, those
+whom training helps on their validation data get a model of their own.
 The setting is that of Chen, Zhou, Long, Jiang and Zhang, "FedMerge", AAAI 2026; the published rule
 is in `fedmerge_paper`.
 """
@@ -71,7 +72,8 @@ class FedMerge(Algorithm):
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
             0 for rows that learn from nobody else, in rounds where nobody is missed.
         pull: how much, in steps of a peer whose update is the same.
-        settle: how far rows go home in a round, at most; 0 for never.
+        settle: how far rows go in a round, home with their kind or to a model of their own, at most;
+            0 for never.
         finetune: epochs of local training before the model is used, by clients whose validation
             loss they lower by a tenth or more, and up to four times as many while it falls; 0 for
             none. They change what is evaluated as `merged`, never what is sent back.
