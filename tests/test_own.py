@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from core_fixture import equal, made_delta, make_clients, make_updates, net, run, soup_tensors
+from core_fixture import (
+    equal,
+    made_delta,
+    make_clients,
+    make_updates,
+    net,
+    run,
+    simulate,
+    soup_tensors,
+)
 from fedmerge import FedMerge, Soup
 from fedmerge.config import load_config
 from fedmerge.own import NEW, help_of, own_models, recent, share_of, towards_own
@@ -29,14 +38,38 @@ def peers(weights: list[list[float]], places: list[int] | None = None) -> Peers:
     return no_peers(1, d, 3) | {"place": place, "logits": logits}
 
 
-def test_help_is_the_log_of_by_how_much_a_loss_has_fallen() -> None:
-    before = torch.tensor([0.999, 0.499, 0.2, 5.0, math.inf, 0.3, math.nan, math.inf])
-    after = torch.tensor([0.499, 0.999, 0.2, 0.0, 1.0, math.inf, math.nan, math.inf])
-    found = help_of(before, after)
-    # A client without validation data, or whose model was lost before, does not know.
+def test_help_is_the_log_of_by_how_much_a_score_has_fallen() -> None:
+    before = torch.tensor([3.0, 1.0, 2.0, 9.0, math.inf, 0.3, math.nan, math.inf])
+    after = torch.tensor([1.0, 3.0, 2.0, 0.0, 1.0, math.inf, math.nan, math.inf])
+    found = help_of(before, after, 1.0)
+    # A client whose model was lost before does not know, nor one without a score.
     wanted = [math.log(2), -math.log(2), 0, 1, 1, -1, 0, 0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
     assert found.dtype == F64
+
+
+@pytest.mark.parametrize("targets", [0, 2])
+def test_clients_say_what_their_training_did_to_their_validation_data(targets: int) -> None:
+    clients = make_clients(3, targets=targets)
+    simulation = simulate("fedmerge", clients, net() if not targets else two_outputs, rounds=1)
+    start = simulation.soup.message(simulation.soup.clients)[:, 0]
+    for _ in simulation.rounds():
+        pass
+    helped = simulation.soup.rows(simulation.soup.clients)["helped"]
+    trainer = simulation._side.trainer([0, 1, 2], 1)
+    end, _ = trainer.fit(start)
+    for i, client in enumerate(clients):
+        x, y = client.validation.x, client.validation.y
+        scores = []
+        for row in (start[i], end[i]):
+            module = two_outputs() if targets else net()()
+            torch.nn.utils.vector_to_parameters(row, module.parameters())
+            output = module(x).detach()
+            wrong = float((output.argmax(1) != y).sum()) + 1 if not targets else 0.0
+            scores.append(wrong or float((output - y).square().mean()) + 1e-3)
+        said = min(1.0, max(-1.0, math.log(scores[0] / scores[1])))
+        assert float(helped[i]) == pytest.approx(said, abs=1e-5)
+    assert float(helped.abs().max()) > 0.01
 
 
 def test_the_mean_runs_from_the_first_value() -> None:
@@ -85,6 +118,10 @@ def test_rows_go_to_their_own_models_and_those_not_seen_before_stay() -> None:
     assert torch.equal(still, logits)
     nobody = no_peers(1, 2, 3)
     assert torch.equal(towards_own(logits, share, torch.tensor([3, 7, 5]), nobody), logits)
+
+
+def two_outputs() -> torch.nn.Module:
+    return torch.nn.Linear(5, 2)
 
 
 def few(said: float | None, rounds: int, method: FedMerge | None = None) -> Soup:

@@ -1,10 +1,10 @@
 """Whether clients that may have a model each should have it: pure functions over numbers.
 
 Training at a client shows how well it fits what it is given, and nothing of how well it would do.
-So each client says by how much its training has lowered the loss on its validation data. While
-models are new that is much for everybody; where it is still something when they have settled, a
-client needs more of a model of its own than merging has given it, and where it is nothing, what
-training would change is noise. Peers are as in `peers`, which keeps them.
+So each client says by how much its training has lowered the number of its wrong answers on
+validation data. While models are new that is much for everybody; where it is still something when
+they have settled, a client needs more of a model of its own than merging has given it, and where it
+is nothing, what training would change is noise. Peers are as in `peers`, which keeps them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ fewer as much: training helps whoever has had little of it, and a model that one
 times is no better."""
 
 
-def help_of(before: Tensor, after: Tensor) -> Tensor:
-    """Return (k,) float64: by how much training has lowered a loss, as the log of its ratio.
+def help_of(before: Tensor, after: Tensor, floor: float) -> Tensor:
+    """Return (k,) float64: by how much training has lowered a score, as the log of its ratio.
 
-    From -MOST to MOST; 0 where it is not known, for a client without validation data.
+    From -MOST to MOST; 0 where it is not known.
 
     Args:
-        before, after: (k,) validation losses of what was received and of what was trained from it.
+        before, after: (k,) of what was received and of what was trained from it; lower is better.
+        floor: added to both; less is as good as none.
     """
-    floor = 1e-3  # nats or squared units: below it a loss is as good as none
     found = ((before.double() + floor) / (after.double() + floor)).log()
     return found.nan_to_num(0.0).clamp(-MOST, MOST)
 

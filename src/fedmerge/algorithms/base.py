@@ -166,6 +166,10 @@ class Trainer(Protocol):
     def loss(self, rows: Tensor, split: str = "train") -> Tensor:
         """(k,) mean loss of rows (k, P) on a split of the clients' data, float64."""
 
+    def wrong(self, rows: Tensor, split: str = "train") -> Tensor:
+        """(k,) float64: how many wrong answers rows (k, P) give on a split of the clients' data;
+        NaN without examples, and for regression."""
+
     def losses(self, rows: Tensor) -> Tensor:
         """(k, n) loss of each training example under rows (k, P); 0 beyond a client's last one.
 

@@ -4,8 +4,8 @@ The default rule: rows move by an exponentiated-gradient step per block of layer
 client's own past contributions taken out of the models, and with the steps of clients whose updates
 resemble theirs; where kinds of clients are plain, or go on learning the same, the rows of a kind
 settle on models of its own. Where only some clients take part in a round, rows that start late
-catch up at once, and a model goes as far as the round's clients use it. Where clients are few, those
-whom training helps on their validation data get a model of their own.
+catch up at once, and a model goes as far as the round's clients use it. Where there is a model for
+every client, those whom training helps on their validation data get one of their own.
 The setting is that of Chen, Zhou, Long, Jiang and Zhang, "FedMerge", AAAI 2026; the published rule
 is in `fedmerge_paper`.
 """
@@ -49,8 +49,8 @@ PEERS = "peers."
 SETTLED = "settled"
 """How far kinds should settle, there: () float64 from 0 to 1."""
 HELPED = "helped"
-"""By how much training at the clients has lowered their validation losses of late, there: ()
-float64, `own.recent`; where each client may have a model of its own."""
+"""What training at the clients has done for their validation data of late, there: () float64,
+`own.recent`; where each client may have a model of its own."""
 PEAK = "peak"
 """Most that the updates of like clients have had in common in a round, there: () float64, infinite
 once that has faded."""
@@ -72,7 +72,7 @@ class FedMerge(Algorithm):
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
             0 for rows that learn from nobody else, in rounds where nobody is missed.
         pull: how much, in steps of a peer whose update is the same.
-        settle: how far rows go in a round, home with their kind or to a model of their own, at most;
+        settle: how far rows go in a round at most, home with their kind or to a model of their own;
             0 for never.
         finetune: epochs of local training before the model is used, by clients whose validation
             loss they lower by a tenth or more, and up to four times as many while it falls; 0 for
@@ -179,8 +179,7 @@ class FedMerge(Algorithm):
         end, steps = trainer.fit(start)
         said: Tensors = {}
         if self._may_own:
-            before, after = (trainer.loss(model, "validation") for model in (start, end))
-            said["help"] = help_of(before, after)
+            said["help"] = _help(start, end, trainer)
         return Local(setup.layout.update(start, end), steps, memory, end, said)
 
     def fits(self, shared: Tensors, extra: Tensors) -> bool:
@@ -313,6 +312,19 @@ class FedMerge(Algorithm):
                 numbers[HELPED] = float(recent(shared[HELPED], said, version == 0))
             made |= _named(known, numbers)
         return made, rows
+
+
+def _help(start: Tensor, end: Tensor, trainer: Trainer) -> Tensor:
+    """(k,) float64: what training from start to end has done for the clients' validation data.
+
+    Answers are counted, not their losses: at a high learning rate training makes a model surer than
+    it should be, and its loss is no lower where its answers are better.
+    """
+    before, after = (trainer.wrong(model, "validation") for model in (start, end))
+    if not before.isnan().all():
+        return help_of(before, after, 1.0)
+    before, after = (trainer.loss(model, "validation") for model in (start, end))
+    return help_of(before, after, 1e-3)
 
 
 def _named(known: Peers, numbers: Mapping[str, float]) -> Tensors:

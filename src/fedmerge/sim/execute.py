@@ -100,6 +100,12 @@ class GroupTrainer:
         """See `Trainer.loss`."""
         return self.engine.measure(rows, [self._examples(split)])[0][0]
 
+    def wrong(self, rows: Tensor, split: str = "train") -> Tensor:
+        """See `Trainer.wrong`."""
+        examples = self._examples(split)
+        right = self.engine.measure(rows, [examples])[0][1]
+        return ((1 - right) * torch.from_numpy(examples.count)).round()
+
     def losses(self, rows: Tensor) -> Tensor:
         """See `Trainer.losses`."""
         return self.engine.losses(rows, self._examples("train"))
