@@ -153,9 +153,10 @@ def test_rows_stay_while_models_are_new_and_where_training_does_not_help() -> No
     assert largest(few(1.0, NEW + 6, FedMerge(settle=0))) < 0.5
 
 
-def test_with_more_clients_than_models_nobody_is_asked() -> None:
-    simulation = run("fedmerge:d=3", make_clients(4), rounds=2)
-    assert not any("help" in name for name in soup_tensors(simulation.soup))
+def test_nobody_is_asked_where_rows_would_stay_anyway() -> None:
+    for method in ("fedmerge:d=3", "fedmerge:settle=0", "fedmerge:peers=0"):
+        simulation = run(method, make_clients(4), rounds=2)
+        assert not any("help" in name for name in soup_tensors(simulation.soup))
     asked = run("fedmerge", make_clients(4), rounds=2)
     helped = asked.soup.rows(asked.soup.clients)["helped"]
     assert helped.abs().max() > 0.01
