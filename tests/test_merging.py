@@ -415,7 +415,7 @@ def test_so_it_is_where_each_client_may_have_a_model_of_its_own() -> None:
     assert d > c > 0.4
     assert weights[0].argmax(-1).tolist() != weights[3].argmax(-1).tolist()
     still = beside_the_rule_by_hand(replace(method, settle=0), cohorts, helped, rtol=1e-5)
-    assert float(still[0].amax(-1).max()) < 0.6
+    assert float(still[0].amax(-1).max()) < 0.7
 
 
 def beside_the_rule_by_hand(
