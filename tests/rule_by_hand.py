@@ -209,7 +209,7 @@ class RuleByHand:
         if i not in own:
             return row
         often = len(self.seen[i]) + 1
-        enough = 0.05 * max(1, 8 / often) ** 2
+        enough = 0.05 * max(1, 10 / often) ** 2
         judged = (self.helped[i] + self.overall) / 2
         share = self.settle * min(1, max(0, (judged - enough) / 0.25))
         missed = min(self.round - self.seen[i][-1], 5)

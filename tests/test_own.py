@@ -86,9 +86,9 @@ def test_the_mean_runs_from_the_first_value() -> None:
         (0.1, 0.1, 40, 2, 1 - 0.9**2),
         (0.9, 0.3, 40, 1, 0.5),
         (-0.9, 0.3, 40, 1, 0.0),
-        (0.3, 0.3, 8, 1, 0.5),
-        (0.3, 0.3, 4, 1, 0.2),  # a fifth is asked of whom a twentieth would do otherwise
-        (0.3, 0.3, 3, 1, 0.0),
+        (0.3, 0.3, 10, 1, 0.5),
+        (0.3, 0.3, 5, 1, 0.2),  # a fifth is asked where a twentieth would do later
+        (0.3, 0.3, 4, 1, 0.0),
     ],
 )
 def test_how_far_a_row_goes(

@@ -24,7 +24,7 @@ ENOUGH = 0.05
 """Help up to which a row stays where it is."""
 FAR = 0.25
 """By how much more it goes as far as it may in a round."""
-OFTEN = 8
+OFTEN = 10
 """Participations from which on that is enough. After fewer it takes the square of how many times
 fewer as much: training helps whoever has had little of it, and a model that one client trains a few
 times is no better."""
