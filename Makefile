@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 OUT ?= out
 
 .PHONY: setup setup-dev demo federation test test-federation check bench bench-peers docs clean
 
-# torch first and alone: asked for by another package, pip may choose a build with gigabytes of GPU
-# libraries.
+# A new pip first: that of an old Python takes twice as long. Then torch, alone: asked for by another
+# package, pip may choose a build with gigabytes of GPU libraries. What is imported is compiled then.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
 	$(PIP) torch
 	$(PIP) -e '.[report]'
 	touch $@
@@ -37,9 +38,10 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
-# With the tests of a real federation, which mostly wait: the other worker goes on meanwhile.
+# With the tests of a real federation, which mostly wait: the other worker goes on meanwhile. Tests
+# that share what is slow to set up (a federation, a Ray cluster) are all one worker's.
 test: check
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 # Federations of several processes, parts of which are killed: about four minutes.
 test-federation: setup-dev

@@ -31,7 +31,10 @@ from fedmerge.flower.identity import key_id
 from fedmerge.flower.progress import load
 from fedmerge.soup import Soup
 
-pytestmark = pytest.mark.federation
+pytestmark = [
+    pytest.mark.federation,
+    pytest.mark.xdist_group("federation"),  # one for all of them
+]
 
 SITES = 3
 DEADLINE = 40.0

@@ -17,17 +17,23 @@ from report_fixture import KINDS, METHODS, write_folder, write_run
 from test_report_page import make_regression
 from test_report_tables import make
 
+pytestmark = pytest.mark.xdist_group("figures")  # drawn once for all of them
+
 VALUES = {
     "a_b": {"fedmerge": [0.90, 0.92, 0.94], "x&y": [0.89, 0.93, 0.925], "low": [0.7, 0.71, 0.74]},
     "c": {"fedmerge": [0.5, 0.5, 0.5], "x&y": [0.6, 0.6, 0.6]},
 }
 
 
-def test_every_picture_comes_in_three_forms_and_repeats_to_the_byte(tmp_path: Path) -> None:
-    write_folder(
-        tmp_path, settings=("domain",), methods=("fedmerge", "fedavg"), seeds=(0, 1), rounds=4
-    )
-    out, written = write_figures(tmp_path)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    methods = ("fedavg", "local", "fedmerge")
+    write_folder(folder, settings=("domain",), methods=methods, seeds=(0, 1), rounds=4)
+    return write_figures(folder)[0]
+
+
+def test_every_picture_comes_in_three_forms_and_repeats_to_the_byte(exported: Path) -> None:
     kinds = (
         "methods",
         "curves",
@@ -42,13 +48,13 @@ def test_every_picture_comes_in_three_forms_and_repeats_to_the_byte(tmp_path: Pa
     stems = [f"domain-{kind}" for kind in kinds] + ["regret-accuracy", "ranks"]
     wanted = {f"{stem}.{ending}" for stem in stems for ending in ("png", "svg", "pdf")}
     wanted |= {f"table-accuracy.{ending}" for ending in ("csv", "md", "tex")}
-    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    first = {path.name: path.read_bytes() for path in exported.iterdir()}
     assert set(first) == wanted
-    assert written == len(wanted)
     heads = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
     for name, data in first.items():
         assert data.startswith(heads.get(name.rsplit(".")[-1], b"")), name
-    write_figures(tmp_path)
+    out, written = write_figures(exported.parent)
+    assert (out, written) == (exported, len(wanted))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
 
 
@@ -149,14 +155,6 @@ def test_latex_puts_data_sets_above_their_settings() -> None:
     assert r" & \multicolumn{1}{c}{digits} & \multicolumn{2}{c}{org/mnist-5k} &  \\" in text
     assert r"\cmidrule(lr){2-2}\cmidrule(lr){3-4}" in text
     assert r"method & a\_b & a\_b & c & regret \\" in text
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    methods = ("fedavg", "local", "fedmerge")
-    write_folder(folder, settings=("domain",), methods=methods, seeds=(0, 1), rounds=4)
-    return write_figures(folder)[0]
 
 
 def test_every_picture_says_of_what_it_is(exported: Path) -> None:
