@@ -36,10 +36,7 @@ from fedmerge.local import batches
 from fedmerge.rng import numpy_generator
 
 # Ray ends its servers without waiting for them.
-pytestmark = [
-    pytest.mark.xdist_group("benchmarks"),  # measured once for all of them
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TASKS = [w1(TINY.w1_clients), w2(TINY.w2_clients, TINY.w2_images)]
 

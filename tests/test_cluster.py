@@ -36,11 +36,8 @@ from fedmerge.soup import Gathered, Soup
 from test_conformance import finish, short, states
 from test_processes import CLIENTS, RAGGED, SOURCE, claimed, gone, put, same
 
-pytestmark = [
-    pytest.mark.xdist_group("ray"),  # one cluster for all of them
-    # Ray leaves its log files to the garbage collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+# Ray leaves its log files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def distributed(method: Any = "fedmerge", workers: int | None = 2, **options: Any) -> Simulation:

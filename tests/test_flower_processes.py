@@ -31,10 +31,7 @@ from fedmerge.flower.identity import key_id
 from fedmerge.flower.progress import load
 from fedmerge.soup import Soup
 
-pytestmark = [
-    pytest.mark.federation,
-    pytest.mark.xdist_group("federation"),  # one for all of them
-]
+pytestmark = pytest.mark.federation
 
 SITES = 3
 DEADLINE = 40.0

@@ -17,8 +17,6 @@ from report_fixture import KINDS, METHODS, write_folder, write_run
 from test_report_page import make_regression
 from test_report_tables import make
 
-pytestmark = pytest.mark.xdist_group("figures")  # drawn once for all of them
-
 VALUES = {
     "a_b": {"fedmerge": [0.90, 0.92, 0.94], "x&y": [0.89, 0.93, 0.925], "low": [0.7, 0.71, 0.74]},
     "c": {"fedmerge": [0.5, 0.5, 0.5], "x&y": [0.6, 0.6, 0.6]},
