@@ -38,11 +38,9 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
-# With the tests of a real federation, which mostly wait: the other worker goes on meanwhile. A file
-# is one worker's, as its tests may share what is slow to set up, and files go in order: else those
-# with the fewest tests, which take longest, come last.
+# With the tests of a real federation, which mostly wait: the other worker goes on meanwhile.
 test: check
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto
 
 # Federations of several processes, parts of which are killed: about four minutes.
 test-federation: setup-dev

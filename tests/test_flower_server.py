@@ -335,6 +335,22 @@ def test_a_late_reply_to_a_first_attempt_stands_for_nobody_else(tmp_path: Path) 
     assert counts.tolist() == [1, 1, 1]
 
 
+def test_late_replies_of_all_are_a_round(tmp_path: Path) -> None:
+    grid, began = grid_of(make_clients(3)), 0.0
+
+    def hold(node: int) -> bool:
+        nonlocal began
+        trained = any(m.metadata.message_type == "train" for m in grid.pushed)
+        began = began or trained * time.monotonic()
+        return trained and time.monotonic() < began + 1.0
+
+    grid.hold = hold
+    server = serve(tmp_path, grid, clients=3, rounds=1, deadline=0.5)
+    assert sum(m.metadata.message_type == "train" for m in grid.pushed) == 3
+    assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)]
+    assert server.soup.rows(["c0", "c1", "c2"])["count"].tolist() == [1, 1, 1]
+
+
 def unreachable(message: Any, reply: Any) -> Any:
     """What Flower answers for a node that it has lost, once it has told who it is."""
     if message.metadata.message_type != "train":

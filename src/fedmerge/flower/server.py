@@ -302,7 +302,8 @@ class Server:
 
     def _draw(self, there: list[str], number: int) -> list[str]:
         """The round's cohort; as a simulation draws it, over sorted ids."""
-        k = max(1, round(self.settings.participation * len(there)))
+        # Nobody is left to be asked where all have answered the attempt before by now.
+        k = min(len(there), max(1, round(self.settings.participation * len(there))))
         if k == len(there):
             return there
         draw = numpy_generator(self.settings.seed, "cohort", number)
