@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENDINGS = ("png", "svg", "pdf")
-_WIDE = 4  # settings that fit into the text width side by side, with deviations
+_WIDE = 3  # settings that fit into the text width side by side, with deviations
 _SIGNS = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -161,7 +161,7 @@ def to_csv(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Return the table for LaTeX with the package booktabs, in parts of at most four settings.
+    """Return the table for LaTeX with the package booktabs, in parts of at most three settings.
 
     Bold is the best of a setting; the last column is the regret over all settings, where methods
     are compared over several. The legend stands under the table.
@@ -186,7 +186,7 @@ def to_latex(table: Table) -> str:
         parts.append("\n".join([*lines, "\\bottomrule", "\\end{tabular}"]))
     tables = "\n\n\\medskip\n\n".join(parts)
     return (
-        "% Needs \\usepackage{booktabs}.\n{\\small\\setlength{\\tabcolsep}{4pt}%\n"
+        "% Needs \\usepackage{booktabs}.\n{\\small\\setlength{\\tabcolsep}{5pt}%\n"
         f"{tables}\n\n"
         f"\\smallskip\n\\noindent\\footnotesize {_latex_note(table, compared)}\\par}}\n"
     )
