@@ -27,6 +27,8 @@ TOGETHER = {
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Each of those files is one worker's, and they come first; other tests go to whoever waits."""
+    if config.getvalue("dist") != "load":
+        return None  # somebody wants another way
     from xdist.scheduler import LoadScopeScheduling
 
     class Together(LoadScopeScheduling):

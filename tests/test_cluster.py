@@ -512,8 +512,8 @@ def check_end(process: subprocess.Popen[str], how: signal.Signals) -> None:
     while not any("ray::Host" in text for text in family.values()):
         assert time.monotonic() < end, family
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended just now
-            for pid in offspring(process.pid):
-                family[pid] = Path(f"/proc/{pid}/cmdline").read_text()
+            found = offspring(process.pid)
+            family = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
     if how == signal.SIGKILL:  # Ray leaves two of its own for a minute
         family = {pid: text for pid, text in family.items() if "Agent" not in text}
     if how == signal.SIGINT:
