@@ -23,7 +23,7 @@ from torch import nn
 
 from core_fixture import ALL_METHODS
 from fedmerge import ConfigError, StateError, Training, make_method
-from fedmerge.flower import ServerConfig, client_app, wire
+from fedmerge.flower import ServerConfig, client_app, post, wire
 from fedmerge.flower.folder import locked, write_operator
 from fedmerge.flower.identity import key_id
 from fedmerge.flower.server import ATTEMPTS, Server
@@ -349,6 +349,59 @@ def test_late_replies_of_all_are_a_round(tmp_path: Path) -> None:
     assert sum(m.metadata.message_type == "train" for m in grid.pushed) == 3
     assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)]
     assert server.soup.rows(["c0", "c1", "c2"])["count"].tolist() == [1, 1, 1]
+
+
+class BehindGrid(LocalGrid):
+    """The node 100 hands over each reply when it is given the next message, as Flower's may."""
+
+    kept: dict[str, Message]
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        (message,) = messages
+        before = dict(self.replies)
+        (name,) = super().push_messages(messages)
+        if message.metadata.dst_node_id == 100:
+            self.replies = {**before, **getattr(self, "kept", {})}
+            self.kept = {name: reply_to(message, self.nodes[100])}
+        return [name]
+
+
+def reply_to(message: Message, node: Node) -> Message:
+    made = node.app(message, node.context)
+    made.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+    return made
+
+
+def test_a_node_that_is_one_message_behind_misses_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post, "REMIND", 0.05)
+    grid = BehindGrid(grid_of(make_clients(3)).nodes)
+    server = serve(tmp_path, grid, clients=3, rounds=3)
+    assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)] * 3
+    assert server.soup.rows(["c0", "c1", "c2"])["count"].tolist() == [3, 3, 3]
+    assert server.soup.refused == {}
+
+
+def test_a_node_that_is_at_work_is_reminded_once_for_each_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post, "REMIND", 0.05)
+    grid, began = grid_of(make_clients(3)), 0.0
+
+    def hold(node: int) -> bool:
+        nonlocal began
+        trained = any(m.metadata.message_type == "train" for m in grid.pushed)
+        began = began or trained * time.monotonic()
+        return node == 100 and trained and time.monotonic() < began + 1.0
+
+    grid.hold = hold
+    server = serve(tmp_path, grid, clients=3, rounds=3)
+    assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)] * 3
+    kinds = [m.metadata.message_type for m in grid.pushed if m.metadata.dst_node_id == 100]
+    # Who it is, the first order, one reminder for all of the second that it took; it has longer for
+    # the next ones.
+    assert kinds == ["query", "train", "query", "train", "train", "evaluate"]
 
 
 def unreachable(message: Any, reply: Any) -> Any:

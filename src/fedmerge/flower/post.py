@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from typing import Any
 
@@ -15,6 +15,15 @@ AWAY = (0, 3, 4, 5)
 """Flower's numbers for errors of the transport; all others are of the app at the client."""
 TOLERANCE = 5.0
 """Seconds that Flower is given to report an order as expired before we give it up ourselves."""
+REMIND = 10.0
+"""Least seconds until a node is reminded of its order, by a question without a purpose.
+
+Where a run ended at the moment when a SuperNode took an order of it, that SuperNode (of Flower 1.41
+at least) is one behind for good: it hands each reply over only when it is given the next message,
+which would not come while the reply is waited for.
+"""
+LONGER = 1.25
+"""Times what it has taken a node at best, until then it is likely to be at work."""
 
 
 def steady(otherwise: Any, call: Callable[..., Any], *given: Any) -> Any:
@@ -34,20 +43,23 @@ def steady(otherwise: Any, call: Callable[..., Any], *given: Any) -> Any:
         return otherwise
 
 
-@dataclass(frozen=True)
+@dataclass
 class Letter:
     """An order that was sent.
 
     Attributes:
         client: whom it was meant for. node: where it went. about: what the sender wants to know
-            when the reply comes. round: it belongs to. expires: on the monotonic clock.
+            when the reply comes. round: it belongs to. sent, expires: on the monotonic clock.
+        patience: seconds from `sent` to the next reminder.
     """
 
     client: str
     node: int
     about: Any
     round: int
+    sent: float
     expires: float
+    patience: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,8 @@ class Post:
     in_flight: int
     ttl: float
     _open: dict[str, Letter] = field(default_factory=dict)
+    _reminders: dict[str, Letter] = field(default_factory=dict)
+    _fastest: dict[int, float] = field(default_factory=dict)
 
     @property
     def full(self) -> bool:
@@ -93,25 +107,25 @@ class Post:
         self, records: Any, kind: str, client: str, node: int, number: int, about: Any
     ) -> bool:
         """Send one order of round `number`; False if Flower does not take it."""
-        from flwr.app import Message
-
-        message = Message(records, node, kind, ttl=self.ttl, group_id=str(number))
-        # One at a time: so that no more than one model is held here.
-        ids = list(steady([], self.grid.push_messages, [message]))
-        if not ids or not ids[0]:
-            return False
-        expires = time.monotonic() + self.ttl + TOLERANCE
-        self._open[ids[0]] = Letter(client, node, about, number, expires)
-        return True
+        name = self._push(records, kind, node, number)
+        if name:
+            sent = time.monotonic()
+            patience = max(REMIND, LONGER * self._fastest.get(node, 0.0))
+            expires = sent + self.ttl + TOLERANCE
+            self._open[name] = Letter(client, node, about, number, sent, expires, patience)
+        return bool(name)
 
     def replies(self) -> Iterator[tuple[Letter, Any, Failure | None]]:
         """What has come: the letter, its reply's records or None, and the error if there is one."""
+        self._remind()
         for name in list(self._open):
             # One at a time, too: replies are as large as models.
             for message in steady([], self.grid.pull_messages, [name]):
                 letter = self._open.pop(name, None)
                 if letter is None:
                     continue
+                took = time.monotonic() - letter.sent
+                self._fastest[letter.node] = min(took, self._fastest.get(letter.node, took))
                 if message.has_error():
                     reason = message.error.reason or f"error {message.error.code}"
                     line = " ".join(str(reason).split())[:500]
@@ -125,3 +139,33 @@ class Post:
             if late is not None and time.monotonic() > late.expires:
                 del self._open[name]
                 yield late, None, Failure("no reply before the order expired")
+
+    def _push(self, records: Any, kind: str, node: int, number: int) -> str:
+        """Give Flower one message; "" if it does not take it."""
+        from flwr.app import Message
+
+        message = Message(records, node, kind, ttl=self.ttl, group_id=str(number))
+        # One at a time: so that no more than one model is held here.
+        ids = list(steady([], self.grid.push_messages, [message]))
+        return str(ids[0] or "") if ids else ""
+
+    def _remind(self) -> None:
+        """Send each node that takes long a message that it need not do anything for."""
+        from flwr.app import ConfigRecord, RecordDict
+
+        now = time.monotonic()
+        # One at a time for each node: one that is at work takes it when it has done its order, and
+        # where it has been answered just now the reply to the order is there, too.
+        reminded = {letter.node for letter in self._reminders.values()}
+        for name in list(self._reminders):
+            if steady([], self.grid.pull_messages, [name]) or now > self._reminders[name].expires:
+                del self._reminders[name]
+        for letter in self._open.values():
+            if letter.node in reminded or now < letter.sent + letter.patience:
+                continue
+            letter.patience *= 2
+            records = RecordDict({"who": ConfigRecord({})})
+            name = self._push(records, "query", letter.node, letter.round)
+            if name:
+                self._reminders[name] = replace(letter, sent=now, expires=now + self.ttl)
+                reminded.add(letter.node)
