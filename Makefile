@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 OUT ?= out
 
+# Nothing is compiled ahead, so what is imported has to be kept compiled, whatever the caller's shell
+# says: torch alone takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup setup-dev demo federation test test-federation check bench bench-peers docs clean
 
 # A new pip first: that of an old Python takes twice as long. Then torch, alone: asked for by another
-# package, pip may choose a build with gigabytes of GPU libraries. What is imported is compiled then.
+# package, pip may choose a build with gigabytes of GPU libraries.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
