@@ -34,6 +34,7 @@ from torch import Tensor
 from fedmerge import FedAvg, Soup, Updates
 from fedmerge.local import batches
 from fedmerge.rng import numpy_generator
+from fedmerge.store import write_atomic
 
 # Ray ends its servers without waiting for them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -280,7 +281,7 @@ def test_seconds_go_from_commit_to_commit(tmp_path: Path) -> None:
     status = tmp_path / "status.json"
     with Commits(status) as commits:
         for number in (0, 1, 2):
-            status.write_text(json.dumps({"round": number}))
+            write_atomic(status, json.dumps({"round": number}).encode())  # as a server does
             time.sleep(0.3)
     (seconds,) = commits.seconds()
     assert 0.2 < seconds < 3.0

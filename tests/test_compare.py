@@ -115,12 +115,24 @@ def work(config: dict[str, Any], folder: Path) -> None:
             os._exit(3)
         case "slow":
             time.sleep(0.3)
-        case "slower":
-            time.sleep(1.5)
+        case "first":  # ends once one of those that came later has begun
+            until(folder.parent / "begun")
+        case "later":  # ends once that has ended
+            (folder.parent / "begun").touch()
+            until(folder.parent / "first-1")
+            time.sleep(0.2)
         case "forever":
             time.sleep(60)
     folder.mkdir(parents=True)
     (folder / "pid").write_text(str(os.getpid()))
+
+
+def until(path: Path) -> None:
+    """Wait for what another process writes."""
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.01)
 
 
 def cells_of(*methods: str) -> list[Cell]:
@@ -176,8 +188,8 @@ def test_the_longest_cells_go_first(tmp_path: Path) -> None:
 
 
 def test_cells_that_become_ready_are_run_and_keep_all_workers_busy(tmp_path: Path) -> None:
-    first = cells_of("slow", "slower")
-    later = [Cell(f"later-{i}", {**first[0].config, "seed": 9}) for i in range(8)]
+    there = cells_of("slow", "first")
+    later = [Cell(f"later-{i}", {**there[0].config, "method": "later"}) for i in range(8)]
     told: list[str] = []
 
     def after(outcome: Outcome) -> list[Cell]:
@@ -185,12 +197,12 @@ def test_cells_that_become_ready_are_run_and_keep_all_workers_busy(tmp_path: Pat
         return later if outcome.cell.name == "slow-0" else []
 
     with Crew(work, 2) as crew:
-        outcomes = list(crew.run(first, tmp_path, after))
+        outcomes = list(crew.run(there, tmp_path, after))
     names = [outcome.cell.name for outcome in outcomes]
     assert names == told
-    assert sorted(names) == sorted(cell.name for cell in (*first, *later))
+    assert sorted(names) == sorted(cell.name for cell in (*there, *later))
     # They began while the other worker was at work on what was there from the start.
-    assert names.index("later-0") < names.index("slower-1")
+    assert [outcome.error for outcome in outcomes if outcome.error] == []
     pids = {(cell.folder(tmp_path) / "pid").read_text() for cell in later}
     assert len(pids) == 2
 
