@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge.errors import MissingExtraError, StateError
+from fedmerge.report import export
 from fedmerge.report.export import escape, to_csv, to_latex, write_figures
 from fedmerge.report.ranking import comparison
 from report_fixture import KINDS, METHODS, write_folder, write_run
@@ -58,6 +59,13 @@ def test_every_picture_comes_in_three_forms_and_repeats_to_the_byte(exported: Pa
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
 
 
+@pytest.fixture
+def svg_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read the text of a picture: the other forms take twice as long."""
+    monkeypatch.setattr(export, "ENDINGS", ("svg",))
+
+
+@pytest.mark.usefixtures("svg_only")
 def test_a_regression_has_the_clients_under_both_methods_too(tmp_path: Path) -> None:
     for method in ("fedmerge", "fedavg"):
         write_run(tmp_path, "domain", method, 0, 2, clients=6)
@@ -133,6 +141,7 @@ def test_without_matplotlib_the_extra_is_named(
         write_figures(tmp_path)
 
 
+@pytest.mark.usefixtures("svg_only")
 def test_the_exported_scatter_shows_one_variant_alone(tmp_path: Path) -> None:
     methods = ("fedmerge", "fedmerge:rule=paper", "fedavg")
     write_folder(tmp_path, settings=("domain",), methods=methods, seeds=(0, 1), rounds=2)

@@ -132,6 +132,10 @@ def run(
     """Train one method in one setting; started again with the same --out, it goes on."""
     settings = load_config(config, overrides)
     settings.trackers()
+    if settings.execution == "processes":
+        from .workers import get_ready
+
+        get_ready()
     done = 0
     try:
         from .compare import folder, screen
@@ -225,6 +229,10 @@ def compare(
             "--workers processes already, which may not start others"
         )
     tracked = shared.trackers()
+    from .workers import get_ready
+
+    # While everything is being checked here.
+    get_ready("fedmerge.config", "sklearn.cluster", "sklearn.datasets")
     from .compare.presets import Names, make_protocol
 
     protocol = make_protocol(

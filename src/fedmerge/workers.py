@@ -7,6 +7,7 @@ loading it, which takes seconds, is done once however many start.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -15,12 +16,40 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, parent_process, resource_tracker
+from multiprocessing import connection, forkserver, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
-from typing import Any
+from typing import Any, ClassVar
 
-PRELOADED = ("torch", "fedmerge.sim", "fedmerge.data", "sklearn.metrics")
+FORKING = sys.platform == "linux"
+"""Elsewhere a fork of a process with libraries loaded is not safe."""
+PRELOADED = ("torch", "fedmerge.sim", "fedmerge.data")
+
+
+def get_ready(*modules: str) -> None:
+    """Begin to load what workers need, these modules too, so that they start at once later.
+
+    The first call decides, as there is one such process. Loading takes it seconds, which nobody
+    waits for, and it ends with this one.
+    """
+    if FORKING:
+        forkserver.set_forkserver_preload([*PRELOADED, *modules])
+        with _interrupts_held():
+            forkserver.ensure_running()
+
+
+def _end_loading() -> None:
+    """End the process if it has not come to the point where it sees by itself that it is over.
+
+    Who reads what this program writes would wait for it.
+    """
+    pid = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+    if pid is not None and not Workers.started:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+atexit.register(_end_loading)
 
 
 @dataclass(eq=False)
@@ -47,7 +76,10 @@ class Workers:
 
     Attributes:
         here: the processes.
+        started: whether there have ever been any.
     """
+
+    started: ClassVar[bool] = False
 
     def __init__(self, size: int, work: Callable[..., None], *arguments: Any) -> None:
         self.here: list[Worker] = []
@@ -85,18 +117,16 @@ class Workers:
         self.here.clear()
 
     def _start(self, place: int) -> Worker:
-        # Elsewhere a fork of a process with libraries loaded is not safe.
-        if sys.platform == "linux":
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(list(PRELOADED))
-        else:
-            context = multiprocessing.get_context("spawn")
+        get_ready()
+        # Both have a `Process` of their own, which their common base does not know.
+        context: Any = multiprocessing.get_context("forkserver" if FORKING else "spawn")
         here, there = context.Pipe()
         arguments = (there, dict(os.environ), self._work, self._arguments)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         worker = Worker(process, here)
         with _interrupts_held():
             process.start()
+            Workers.started = True
             # Inside, so that a Ctrl-C just now does not leave a process that nobody knows of.
             self.here[place : place + 1] = [worker]
         there.close()  # so that the death of the worker shows as the end of `here`

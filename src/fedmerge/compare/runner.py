@@ -43,12 +43,15 @@ class Crew:
     Args:
         work: called as `work(config, folder)`; like `prepare`, a function of a module.
         size: number of processes.
-        prepare: called once in each process, while the first cells are still being checked.
+        prepare: called once in each process.
+
+    The processes start with the first run.
     """
 
     def __init__(self, work: Work, size: int, prepare: Callable[[], object] | None = None) -> None:
         # What a cell writes is whole, so its process may be killed at any instant.
-        self._workers = Workers(size, _serve, work, prepare)
+        self._workers = Workers(0, _serve, work, prepare)
+        self._size = size
         self._cells: dict[Worker, Cell] = {}
 
     def __enter__(self) -> Self:
@@ -76,6 +79,8 @@ class Crew:
             after: called with each outcome; returns the cells that may run from then on.
         """
         queue = _Queue(cells)
+        while len(self._workers.here) < self._size:
+            self._workers.hire()
         while queue or self._cells:
             for worker in list(self._workers):
                 if worker not in self._cells and queue:
