@@ -474,11 +474,14 @@ def offspring(pid: int) -> Iterator[int]:
 
 SCRIPT = """
 import sys
+from contextlib import closing
 from core_fixture import simulate
 options = {"execution": "ray", "workers": 1, "checkpoint": sys.argv[1]}
-for log in simulate("fedavg", rounds=10**6, evaluate_every=10**6, **options).rounds():
-    if log.round == 1:
-        print("first", flush=True)
+simulation = simulate("fedavg", rounds=10**6, evaluate_every=10**6, **options)
+with closing(simulation.rounds()) as rounds:  # also if the signal comes while this prints
+    for log in rounds:
+        if log.round == 1:
+            print("first", flush=True)
 """
 
 

@@ -281,16 +281,17 @@ def compare(
             size = min(workers or os.cpu_count() or 1, total - done)
             down = trackers.prepare(tracked if size else (), out)
             try:
-                with Crew(run_cell, size, partial(prepare_worker, down)) as crew:
-                    _check_cells(plan.unfinished(), quiet)
-                    folder.claim_comparison(out, protocol.facts())
-                    with screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials)) as show:
-                        for outcome in crew.run(plan.ready(), out, plan.after):
-                            total = plan.total
-                            show(outcome.cell, total)
-                            done += outcome.error is None
-                            if outcome.error is not None:
-                                failures.append(outcome)
+                _check_cells(plan.unfinished(), quiet)
+                folder.claim_comparison(out, protocol.facts())
+                crew = Crew(run_cell, size, partial(prepare_worker, down))
+                bar = screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials))
+                with crew, bar as show:
+                    for outcome in crew.run(plan.ready(), out, plan.after):
+                        total = plan.total
+                        show(outcome.cell, total)
+                        done += outcome.error is None
+                        if outcome.error is not None:
+                            failures.append(outcome)
                 notes = screen.tuning_notes(plan, protocol.trials)
                 screen.print_comparison(plan.cells(), out, notes)
             finally:  # whatever else went wrong: it may well be the same

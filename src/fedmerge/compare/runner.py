@@ -44,14 +44,11 @@ class Crew:
         work: called as `work(config, folder)`; like `prepare`, a function of a module.
         size: number of processes.
         prepare: called once in each process.
-
-    The processes start with the first run.
     """
 
     def __init__(self, work: Work, size: int, prepare: Callable[[], object] | None = None) -> None:
         # What a cell writes is whole, so its process may be killed at any instant.
-        self._workers = Workers(0, _serve, work, prepare)
-        self._size = size
+        self._workers = Workers(size, _serve, work, prepare)
         self._cells: dict[Worker, Cell] = {}
 
     def __enter__(self) -> Self:
@@ -79,8 +76,6 @@ class Crew:
             after: called with each outcome; returns the cells that may run from then on.
         """
         queue = _Queue(cells)
-        while len(self._workers.here) < self._size:
-            self._workers.hire()
         while queue or self._cells:
             for worker in list(self._workers):
                 if worker not in self._cells and queue:
