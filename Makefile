@@ -42,7 +42,7 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
-# With the tests of a real federation, which mostly wait: other workers go on meanwhile.
+# With the tests of a real federation, which mostly wait: the other worker goes on meanwhile.
 test: check
 	$(BIN)/python -m pytest -n auto
 

@@ -1,12 +1,11 @@
-"""Settings of the whole test run: one torch thread, property tests that never flake, how many
-workers there are and who of them runs what.
+"""Settings of the whole test run: one torch thread, property tests that never flake, and who of
+several workers runs what.
 
 Builders and data are elsewhere: `core_fixture` and `report_fixture`.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -23,12 +22,6 @@ TOGETHER = {
     "test_report_export.py",
 }  # fmt: skip
 """Files whose tests share what takes long to set up: a federation, a Ray cluster, figures."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than processors: those with a federation or a cluster mostly wait."""
-    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(optionalhook=True)

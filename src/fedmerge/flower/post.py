@@ -117,7 +117,6 @@ class Post:
 
     def replies(self) -> Iterator[tuple[Letter, Any, Failure | None]]:
         """What has come: the letter, its reply's records or None, and the error if there is one."""
-        self._remind()
         for name in list(self._open):
             # One at a time, too: replies are as large as models.
             for message in steady([], self.grid.pull_messages, [name]):
@@ -139,6 +138,7 @@ class Post:
             if late is not None and time.monotonic() > late.expires:
                 del self._open[name]
                 yield late, None, Failure("no reply before the order expired")
+        self._remind()
 
     def _push(self, records: Any, kind: str, node: int, number: int) -> str:
         """Give Flower one message; "" if it does not take it."""
@@ -155,7 +155,7 @@ class Post:
 
         now = time.monotonic()
         # One at a time for each node: one that is at work takes it when it has done its order, and
-        # where it has been answered just now the reply to the order is there, too.
+        # where that has been answered just now the reply to the order is there, too.
         reminded = {letter.node for letter in self._reminders.values()}
         for name in list(self._reminders):
             if steady([], self.grid.pull_messages, [name]) or now > self._reminders[name].expires:
