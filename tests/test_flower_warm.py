@@ -61,12 +61,26 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
 
 
+def has_torch(folder: Path) -> bool:
+    """Whether the process that forks has loaded it by now."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().split(b"\0")
+            if b"fedmerge.deploy.warm" in command and str(folder / "socket").encode() in command:
+                return "libtorch" in (path / "maps").read_text()
+        except OSError:
+            continue
+    raise AssertionError("there is no such process")
+
+
 def test_a_call_is_answered_by_a_fork_that_has_torch_loaded(folder: Path) -> None:
+    assert not has_torch(folder)  # a node that is not let in need not load it
     start = time.monotonic()
     first = call(folder, "--help")  # waits until all is loaded
     loading = time.monotonic() - start
     assert first.stdout.startswith(f"usage: {CLIENT}")  # Flower's own command, on the caller's pipe
     assert "--runtime-api-address" in first.stdout
+    assert has_torch(folder)
     start = time.monotonic()
     again = call(folder, "--help")
     assert again.stdout == first.stdout

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,11 +29,14 @@ from ..flower.require import require_flower
 from .preflight import check_node
 
 CLIENT, NODE = "flwr-clientapp", "flower-supernode"
-PRELOADED = ("torch", "flwr.supernode.cli", "fedmerge.flower.client", "sklearn.metrics")
+PRELOADED = ("torch", "flwr.supernode.cli", "fedmerge.flower.client")
 POLL = ("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
 """Flower's setting, and seconds from one look for work within the node to the next; else 1."""
 LOOK = 0.5
 """Seconds from one look whether the SuperNode still lives to the next."""
+LET_IN = 8.0
+"""Seconds after which a SuperNode that is not let in has ended. A supervisor starts it again and
+again: not all of this is to be loaded each time."""
 LONGEST = 65_536
 REFUSED = (
     'fedmerge: the SuperNode has ended before any work came. If it says "Failed to activate '
@@ -96,33 +101,45 @@ def _write_stub(folder: Path, address: Path, client: str) -> None:
 
 
 def serve(address: Path, parent: int, preload: Sequence[str] = ()) -> None:
-    """Load what clients need, then fork a client for every call, until `parent` has ended."""
+    """Fork a client for every call, until `parent` has ended.
+
+    What clients need is loaded with the first call, or once the SuperNode has been let in.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a client's end
     try:
         with socket.socket(socket.AF_UNIX) as door:
             door.bind(str(address))
             door.listen()  # calls wait until all is loaded
             door.settimeout(LOOK)
-            for name in (*PRELOADED, *preload):
-                try:
-                    importlib.import_module(name)
-                except Exception as error:  # the client's own import says it again, to the server
-                    print(f"fedmerge: {name} cannot be loaded beforehand: {error}", file=sys.stderr)
-            called = False
+            called = loaded = False
+            begin = time.monotonic()
             while os.getppid() == parent:
                 # Nobody calls; or the caller has gone, or no fork is to be had: then it is told
                 # nothing, and starts Flower's own.
                 with contextlib.suppress(OSError):
-                    call, _ = door.accept()
-                    called = True
-                    with call:
-                        _fork(door, call)
+                    calls = bool(select.select([door], [], [], LOOK)[0])
+                    if not loaded and (calls or time.monotonic() > begin + LET_IN):
+                        _load((*PRELOADED, *preload))
+                        loaded = True
+                    if calls:
+                        call, _ = door.accept()
+                        called = True
+                        with call:
+                            _fork(door, call)
             if not called:
                 print(REFUSED, file=sys.stderr)
     except OSError as error:
         print(f"fedmerge: no warm start of clients: {error}", file=sys.stderr)
     finally:
         shutil.rmtree(address.parent, ignore_errors=True)
+
+
+def _load(names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # the client's own import says it again, to the server
+            print(f"fedmerge: {name} cannot be loaded beforehand: {error}", file=sys.stderr)
 
 
 def _fork(door: socket.socket, call: socket.socket) -> None:
