@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
-from typing import Any, ClassVar
+from typing import Any
 
 FORKING = sys.platform == "linux"
 """Elsewhere a fork of a process with libraries loaded is not safe."""
@@ -36,20 +36,19 @@ def get_ready(*modules: str) -> None:
         forkserver.set_forkserver_preload([*PRELOADED, *modules])
         with _interrupts_held():
             forkserver.ensure_running()
+        atexit.unregister(_end_loading)  # so that it is there once
+        atexit.register(_end_loading)
 
 
 def _end_loading() -> None:
-    """End the process if it has not come to the point where it sees by itself that it is over.
+    """End the process while it may still be loading, before it can see by itself that it is over.
 
     Who reads what this program writes would wait for it.
     """
     pid = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
-    if pid is not None and not Workers.started:
+    if pid is not None:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-
-
-atexit.register(_end_loading)
 
 
 @dataclass(eq=False)
@@ -76,10 +75,7 @@ class Workers:
 
     Attributes:
         here: the processes.
-        started: whether there have ever been any.
     """
-
-    started: ClassVar[bool] = False
 
     def __init__(self, size: int, work: Callable[..., None], *arguments: Any) -> None:
         self.here: list[Worker] = []
@@ -126,7 +122,7 @@ class Workers:
         worker = Worker(process, here)
         with _interrupts_held():
             process.start()
-            Workers.started = True
+            atexit.unregister(_end_loading)  # it has loaded
             # Inside, so that a Ctrl-C just now does not leave a process that nobody knows of.
             self.here[place : place + 1] = [worker]
         there.close()  # so that the death of the worker shows as the end of `here`
