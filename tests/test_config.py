@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,9 +20,11 @@ import torch
 from fedmerge.compare.folder import read_result, write_result
 from fedmerge.config import RunConfig, load_config
 from fedmerge.errors import ConfigError, StateError
+from fedmerge.sim import RoundLog, Simulation
 from fedmerge.sim.cluster import Cluster
 from fedmerge.sim.execute import EXECUTIONS
 from fedmerge.sim.processes import Processes
+from fedmerge.sim.rounds import Round
 
 TINY: dict[str, object] = {"clients": 4, "rounds": 2, "epochs": 1, "hidden": 4}
 
@@ -294,6 +297,27 @@ def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     result = load_config(None, {**TINY, "workers": 1}).run(tmp_path)
     assert load_config(None, {**TINY, "workers": 2}).run(tmp_path) == result
+
+
+def test_a_round_at_whose_end_ctrl_c_came_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, seen = Simulation._end, []
+    config = load_config(None, {**TINY, "rounds": 4})
+
+    def interrupted(simulation: Simulation, now: Round) -> RoundLog:
+        if now.number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return end(simulation, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Simulation, "_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            config.run(tmp_path, seen.append)
+    assert [log.round for log in seen] == [1, 2]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    config.run(tmp_path, seen.append)
+    assert [log.round for log in seen] == [1, 2, 3, 4]
 
 
 def test_what_json_cannot_hold_is_written_as_null(tmp_path: Path) -> None:

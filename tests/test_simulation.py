@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from fedmerge.local import Examples, Training
 from fedmerge.sim import RoundLog, Simulation, Summary
 from fedmerge.sim.log import Measured
 from fedmerge.soup import Soup
+
+HEARD = (signal.SIGINT, signal.SIGTERM)
 
 
 def measure(simulation: Simulation, rows: torch.Tensor, split: str) -> Measured:
@@ -430,37 +434,63 @@ def test_a_checkpoint_is_written_as_often_as_asked(tmp_path: Path) -> None:
     assert index.read_bytes() != before
 
 
-def stopped(function: Any) -> Any:
-    """`function`, and Ctrl-C when it has done its work."""
+def stopped(function: Any, *signals: signal.Signals) -> Any:
+    """`function`, and then signals, or for none of them an exception as of Ctrl-C."""
 
     def then_stop(*args: Any) -> None:
         function(*args)
-        raise KeyboardInterrupt
+        for number in signals:
+            signal.raise_signal(number)
+        if not signals:
+            raise KeyboardInterrupt
 
     return then_stop
 
 
-def test_an_interruption_in_the_middle_of_a_round_leaves_a_whole_state(tmp_path: Path) -> None:
-    whole = run("ditto", rounds=5)
-
-    # Within a commit the state is of neither round: what was saved before it stays, here nothing.
-    for phase, owner, kept in (("local", Ditto, 2), ("commit", Soup, 0)):
-        folder = tmp_path / phase
-        simulation = simulate("ditto", rounds=5, checkpoint=folder, checkpoint_seconds=1e9)
-        rounds = simulation.rounds()
-        next(rounds)
-        next(rounds)
-
+@pytest.mark.parametrize(
+    ("owner", "phase", "signals", "kept"),
+    [
+        (Ditto, "local", [signal.SIGINT], 2),
+        # Within a commit the state is of neither round, so it is ended first, and the evaluation;
+        (Soup, "commit", [signal.SIGINT], 3),
+        (Soup, "commit", [signal.SIGTERM], 3),
+        (Simulation, "_evaluate", [signal.SIGINT], 3),
+        # or if it cannot be, what was saved before it stays, here nothing.
+        (Soup, "commit", [signal.SIGINT, signal.SIGINT], 0),
+        (Soup, "commit", [], 0),
+    ],
+)
+def test_an_interruption_in_the_middle_of_a_round_leaves_a_whole_state(
+    tmp_path: Path, owner: type, phase: str, signals: list[signal.Signals], kept: int
+) -> None:
+    simulation = simulate("ditto", rounds=5, checkpoint=tmp_path, checkpoint_seconds=1e9)
+    rounds = simulation.rounds()
+    next(rounds)
+    next(rounds)
+    handlers = [signal.signal(number, signal.default_int_handler) for number in HEARD]
+    try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, phase, stopped(getattr(owner, phase)))
+            patch.setattr(owner, phase, stopped(getattr(owner, phase), *signals))
             with pytest.raises(KeyboardInterrupt):
                 next(rounds)
-        resumed = simulate("ditto", rounds=5, checkpoint=folder)
-        assert len(resumed.history) == kept
-        for _ in resumed.rounds():
-            pass
-        assert plain(resumed.history) == plain(whole.history)
-        assert torch.equal(resumed._memory["model"], whole._memory["model"])
+        now = [signal.getsignal(number) for number in HEARD]
+        assert now == [signal.default_int_handler, signal.default_int_handler]
+    finally:
+        for number, handler in zip(HEARD, handlers, strict=True):
+            signal.signal(number, handler)
+    resumed = simulate("ditto", rounds=5, checkpoint=tmp_path)
+    assert len(resumed.history) == kept
+    for _ in resumed.rounds():
+        pass
+    whole = run("ditto", rounds=5)
+    assert plain(resumed.history) == plain(whole.history)
+    assert torch.equal(resumed._memory["model"], whole._memory["model"])
+
+
+def test_rounds_outside_the_main_thread_hear_no_signals() -> None:
+    simulation = simulate("fedavg", rounds=2)
+    with ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(list, simulation.rounds()).result()) == 2
 
 
 def test_a_run_can_be_made_longer(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ rounds themselves, and the checkpoint, are the simulation's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ def execute(
     if folder is None:
         with profile("data"):
             simulation = build(None)
-        with closing(simulation.rounds()) as rounds:
+        with closing(_rounds(simulation)) as rounds:
             for log in rounds:
                 profile.round(log)
                 with profile("log"):
@@ -63,7 +63,7 @@ def execute(
     # The checkpoint decides: rounds after it are run, and logged, again.
     files.write_log(folder, [log.to_json() for log in simulation.history])
     # Closed at once on Ctrl-C: that is when the simulation saves what it has.
-    with closing(simulation.rounds()) as rounds:
+    with closing(_rounds(simulation)) as rounds:
         for log in rounds:
             profile.round(log)
             with profile("log"):
@@ -77,6 +77,19 @@ def execute(
         files.write_result(folder, result)
     profile.finish(simulation.saving, simulation.chosen)
     return result
+
+
+def _rounds(simulation: Simulation) -> Generator[RoundLog]:
+    """The log of each round that is run now, also of one at whose end Ctrl-C came."""
+    seen = len(simulation.history)
+    with closing(simulation.rounds()) as rounds:
+        try:
+            for log in rounds:
+                seen = log.round
+                yield log
+        except KeyboardInterrupt:
+            yield from simulation.history[seen:]
+            raise
 
 
 def _result(config: Mapping[str, Any], simulation: Simulation) -> dict[str, Any]:

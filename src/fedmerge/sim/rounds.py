@@ -38,6 +38,7 @@ from .log import Measured, RoundLog
 from .mixing import importance, row_statistics
 from .population import Population
 from .results import summarise_run
+from .signals import put_off
 
 
 @dataclass
@@ -210,8 +211,8 @@ class Simulation:
                         saved_at = time.monotonic()
                     yield log
             finally:
-                # Also on Ctrl-C. Inside a commit the state is neither of two rounds: keep the
-                # older.
+                # Also on Ctrl-C. What fails inside a commit leaves a state of neither round: keep
+                # the older.
                 if self._folder and self._whole and len(self.history) > self._saved_rounds:
                     self.save()
 
@@ -227,7 +228,12 @@ class Simulation:
             for done in clock.over("local", trained):
                 with clock("fold"):
                     self._fold(now, done)
-        with clock("commit"):
+        with put_off():  # in between the state is of neither round
+            return self._end(now)
+
+    def _end(self, now: Round) -> RoundLog:
+        """Commit and evaluate; the round is in the history then."""
+        with now.clock("commit"):
             before = self.soup.weights()
             self._whole = False
             folded = self.soup.commit()
@@ -236,11 +242,11 @@ class Simulation:
                     self._memory[name][places] = value
             rows = self._row_statistics(before, folded)
         if now.evaluated:
-            with clock("evaluate"):
+            with now.clock("evaluate"):
                 self._evaluate(now.evaluation)
         found = now.evaluation
         log = RoundLog(
-            round=number,
+            round=now.number,
             cohort=len(now.cohort),
             dropped=len(now.cohort) - len(now.replying),
             refused=dict(now.refused),
@@ -250,7 +256,7 @@ class Simulation:
             rows=rows,
             bytes_up=now.bytes_up,
             bytes_down=now.bytes_down,
-            seconds=clock.seconds,
+            seconds=now.clock.seconds,
         )
         self.history.append(log)
         self._whole = True
