@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import threading
@@ -18,7 +19,7 @@ import torch
 pytest.importorskip("flwr")
 
 import httpx
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from torch import nn
 
 from core_fixture import ALL_METHODS
@@ -372,15 +373,68 @@ def reply_to(message: Message, node: Node) -> Message:
     return made
 
 
+@pytest.mark.parametrize(("rounds", "told"), [(1, 0), (5, 1)])
 def test_a_node_that_is_one_message_behind_misses_no_round(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rounds: int,
+    told: int,
 ) -> None:
     monkeypatch.setattr(post, "REMIND", 0.05)
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     grid = BehindGrid(grid_of(make_clients(3)).nodes)
-    server = serve(tmp_path, grid, clients=3, rounds=3)
-    assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)] * 3
-    assert server.soup.rows(["c0", "c1", "c2"])["count"].tolist() == [3, 3, 3]
+    server = serve(tmp_path, grid, clients=3, rounds=rounds)
+    assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)] * rounds
+    assert server.soup.rows(["c0", "c1", "c2"])["count"].tolist() == [rounds] * 3
     assert server.soup.refused == {}
+    lines = [record.getMessage() for record in caplog.records if "reminder" in record.getMessage()]
+    assert len(lines) == told
+    assert all('client "c0" (node 100) has answered 3 orders in a row' in one for one in lines)
+
+
+def test_when_nodes_are_reminded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders that take long, on a clock of the test's own; who answers what is said here, too."""
+    clock, answered = 0.0, set[str]()
+    grid = grid_of(make_clients(2))
+    for node in grid.nodes.values():
+        node.app = lambda message, context: Message(RecordDict(), reply_to=message)  # type: ignore[assignment]
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    office = post.Post(grid, 9, ttl=1000)
+
+    def order(node: int) -> str:
+        assert office.send(RecordDict(), "train", f"c{node}", node, 1, None)
+        return f"m{len(grid.pushed) - 1}"
+
+    def reminders(until: float) -> list[tuple[float, int]]:
+        """When questions go to which node, looking twice a second."""
+        nonlocal clock
+        found: list[tuple[float, int]] = []
+        while clock < until:
+            clock += 0.5
+            before = len(grid.pushed)
+            list(office.replies())
+            found += [(clock, m.metadata.dst_node_id) for m in grid.pushed[before:]]
+        return found
+
+    grid.pull_messages = lambda ids: [  # type: ignore[method-assign]
+        grid.replies.pop(name) for name in ids if name in answered and name in grid.replies
+    ]
+    first = order(100)
+    other = order(101)
+    assert reminders(9) == []
+    answered.add(other)  # that one takes 9.5 s
+    assert reminders(16) == [(10, 100)]  # and not again while the reminder is open
+    answered |= {first, "m2"}
+    assert reminders(20) == []
+    # At best it took 16.5 s: longer than that it is left alone; the other one as before.
+    orders = {order(100), order(100), order(101)}
+    assert reminders(60) == [(32, 101), (41, 100)]
+    answered |= {f"m{i}" for i in range(len(grid.pushed)) if f"m{i}" not in orders}
+    # A node of two orders is asked about one of them. After each reminder it takes twice as long.
+    assert reminders(62) == [(61, 100), (61, 101)]
+    answered |= {"m8", "m9"}
+    assert [when for when, node in reminders(110) if node == 101] == [67.5]
 
 
 def test_a_node_that_is_at_work_is_reminded_once_for_each_order(

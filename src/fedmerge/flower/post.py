@@ -6,6 +6,7 @@ It knows Flower's Grid and nothing of models; what an order or a reply says is n
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from logging import getLogger
@@ -24,6 +25,8 @@ which would not come while the reply is waited for.
 """
 LONGER = 1.25
 """Times what it has taken a node at best, until then it is likely to be at work."""
+TELL = 3
+"""Orders in a row that a node has answered after a reminder only, until the operator is told."""
 
 
 def steady(otherwise: Any, call: Callable[..., Any], *given: Any) -> Any:
@@ -50,7 +53,7 @@ class Letter:
     Attributes:
         client: whom it was meant for. node: where it went. about: what the sender wants to know
             when the reply comes. round: it belongs to. sent, expires: on the monotonic clock.
-        patience: seconds from `sent` to the next reminder.
+        patience: seconds from `sent` to the next reminder. reminded: whether there was one.
     """
 
     client: str
@@ -60,6 +63,7 @@ class Letter:
     sent: float
     expires: float
     patience: float
+    reminded: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Post:
     _open: dict[str, Letter] = field(default_factory=dict)
     _reminders: dict[str, Letter] = field(default_factory=dict)
     _fastest: dict[int, float] = field(default_factory=dict)
+    _behind: Counter[int] = field(default_factory=Counter)
 
     @property
     def full(self) -> bool:
@@ -125,6 +130,7 @@ class Post:
                     continue
                 took = time.monotonic() - letter.sent
                 self._fastest[letter.node] = min(took, self._fastest.get(letter.node, took))
+                self._tell(letter)
                 if message.has_error():
                     reason = message.error.reason or f"error {message.error.code}"
                     line = " ".join(str(reason).split())[:500]
@@ -139,6 +145,17 @@ class Post:
                 del self._open[name]
                 yield late, None, Failure("no reply before the order expired")
         self._remind()
+
+    def _tell(self, answered: Letter) -> None:
+        """Say once which node may be behind for good: it costs every round these seconds."""
+        node = answered.node
+        self._behind[node] = self._behind[node] + 1 if answered.reminded else 0
+        if self._behind[node] == TELL:
+            getLogger("flwr").warning(
+                'fedmerge: client "%s" (node %d) has answered %d orders in a row only after a '
+                "reminder: unless its training takes that long, restart its SuperNode",
+                *(answered.client, node, TELL),
+            )
 
     def _push(self, records: Any, kind: str, node: int, number: int) -> str:
         """Give Flower one message; "" if it does not take it."""
@@ -164,6 +181,7 @@ class Post:
             if letter.node in reminded or now < letter.sent + letter.patience:
                 continue
             letter.patience *= 2
+            letter.reminded = True
             records = RecordDict({"who": ConfigRecord({})})
             name = self._push(records, "query", letter.node, letter.round)
             if name:
