@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmerge import workers
 from fedmerge.workers import FORKING, Workers
 
 MARK = "FEDMERGE_TEST_MARK"
@@ -26,11 +27,11 @@ def tell(pipe: Connection, *names: str) -> None:
 
 
 def told(*names: str) -> list[tuple[int, list[str | None], set[str], bool]]:
-    workers = Workers(2, tell, *names)
+    hired = Workers(2, tell, *names)
     try:
-        return [worker.pipe.recv() for worker in workers]
+        return [worker.pipe.recv() for worker in hired]
     finally:
-        workers.dismiss()
+        hired.dismiss()
 
 
 @linux
@@ -53,6 +54,14 @@ def test_they_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_ctrl_c_is_left_to_the_parent() -> None:
     assert all(held for *_, held in told())
+
+
+def test_elsewhere_they_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "FORKING", False)
+    monkeypatch.setenv(MARK, "here")
+    found = told(MARK)
+    assert [(parent, values) for parent, values, *_ in found] == [(os.getpid(), ["here"])] * 2
+    assert all(held for *_, held in found)
 
 
 def marked(value: str) -> list[str]:
