@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedmerge.deploy.warm import CLIENT, STUB, _write_stub
+from fedmerge.deploy.warm import CLIENT, PRELOADED, STUB, _write_stub
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 
@@ -118,3 +120,27 @@ def test_without_the_forking_process_flowers_own_command_runs(tmp_path: Path) ->
     _write_stub(tmp_path, tmp_path / "socket", str(cold))
     assert call(tmp_path, "--token", "a b").stdout == "cold --token a b\n"
     assert "import torch" not in STUB
+
+
+def test_a_node_that_has_been_let_in_is_made_ready_before_it_is_called(tmp_path: Path) -> None:
+    made = tmp_path / "node"
+    made.mkdir()
+    serve = (
+        "import sys, pathlib, fedmerge.deploy.warm as w; w.LET_IN = 1.6;"
+        "w._load = lambda names: print(*names, flush=True);"
+        "w.serve(pathlib.Path(sys.argv[1]), int(sys.argv[2]), ['mine'])"
+    )
+    command = [sys.executable, "-c", serve, str(made / "socket"), str(os.getpid())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            while not (made / "socket").exists():
+                time.sleep(0.02)
+            bound = time.monotonic()
+            assert select.select([process.stdout], [], [], 60)[0]
+            assert time.monotonic() - bound > 1.2
+            assert process.stdout.readline().split() == [*PRELOADED, "mine"]
+            time.sleep(1.2)  # as two more looks take
+        finally:
+            process.kill()
+        assert process.stdout.read() == ""  # it does so once
