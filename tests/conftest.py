@@ -33,7 +33,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if file.rpartition("/")[2] in TOGETHER else nodeid
+            return scope_of(nodeid)
 
     return Together(config, log)
+
+
+def scope_of(nodeid: str) -> str:
+    """What has the same value for tests that one worker is to run: their file, or the test."""
+    file = nodeid.partition("::")[0]
+    return file if file.rpartition("/")[2] in TOGETHER else nodeid
