@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from core_fixture import ALL_METHODS, made_delta, make_updates, run, simulate
 from fedmerge.algorithms import FedAvg, FedMerge
-from fedmerge.algorithms.base import Local, Setup, Tensors, Trainer
+from fedmerge.algorithms.base import Local, Setup, Tensors
+from fedmerge.algorithms.trainer import Trainer
 from fedmerge.errors import ConfigError, MissingExtraError, StateError
 from fedmerge.guard import Guard
 from fedmerge.safety import Safety

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from core_fixture import ALL_METHODS, TRAINING, equal, make_client, normal, plain, run, simulate
-from fedmerge.algorithms.base import Local, Setup, Tensors, Trainer
+from fedmerge.algorithms.base import Local, Setup, Tensors
 from fedmerge.algorithms.fedavg import FedAvg
+from fedmerge.algorithms.trainer import Trainer
 from fedmerge.errors import ConfigError, FedmergeError, MissingExtraError, StateError
 from fedmerge.sim import Simulation
 from fedmerge.sim import processes as module

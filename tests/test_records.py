@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from core_fixture import N_FEATURES, TRAINING, make_client, make_clients, net, plain, run, simulate
 from fedmerge.algorithms import FedAvg, Local, Setup, Tensors
-from fedmerge.algorithms.base import Trainer
+from fedmerge.algorithms.trainer import Trainer
 from fedmerge.compare import folder as files
 from fedmerge.compare.cells import Cell
 from fedmerge.compare.results import collect, result_rows

@@ -15,20 +15,7 @@ from ..errors import ConfigError, did_you_mean
 from ..values import describe_type, read_value
 from .apfl import APFL
 from .apple import APPLE
-from .base import (
-    Algorithm,
-    Cost,
-    Fold,
-    Local,
-    Setup,
-    Step,
-    Tensors,
-    Ticket,
-    Trainer,
-    Updates,
-    fine_tuned_while_it_helps,
-    tune,
-)
+from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Ticket, Updates
 from .cfl import CFL
 from .ditto import Ditto
 from .fedala import FedALA
@@ -48,6 +35,7 @@ from .ifca import IFCA
 from .local_only import LocalOnly
 from .moe import MoE
 from .ppfl import PPFL
+from .trainer import Step, Trainer, fine_tuned_while_it_helps, tune
 
 METHODS: dict[str, tuple[type[Algorithm], Mapping[str, object]]] = {
     "fedmerge": (FedMerge, {}),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
+from .base import Algorithm, Cost, Local, Setup, Tensors
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

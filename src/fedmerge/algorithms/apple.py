@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Cost, Local, Setup, Tensors, Trainer, Updates
+from .base import Cost, Local, Setup, Tensors, Updates
 from .gathering import Gathering
+from .trainer import Trainer
 
 FADED = 0.001  # what is left of the pull when it is dropped
 

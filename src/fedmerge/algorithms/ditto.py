@@ -13,7 +13,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..local import Proximal
-from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
+from .base import Algorithm, Cost, Local, Setup, Tensors
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

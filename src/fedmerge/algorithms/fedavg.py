@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Algorithm, Setup, Tensors, Trainer, fine_tuned
+from .base import Algorithm, Setup, Tensors
+from .trainer import Trainer, fine_tuned
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
-from .base import Cost, Local, Setup, Tensors, Trainer
+from .base import Cost, Local, Setup, Tensors
 from .fedper import FedPer
+from .trainer import Trainer
 
 PARTS = ("head", "whole")
 

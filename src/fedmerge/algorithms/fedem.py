@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..local import Mixture
-from .base import Cost, Local, Setup, Tensors, Trainer
+from .base import Cost, Local, Setup, Tensors
 from .components import Components, descend
+from .trainer import Trainer
 
 LEAST = 1e-8
 """Least share of a model, so that it can come back."""

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..rng import numpy_generator
-from .base import Cost, Local, Setup, Tensors, Trainer, Updates
+from .base import Cost, Local, Setup, Tensors, Updates
 from .gathering import Gathering
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,8 @@ from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renew
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
 from ..sums import ModelSum, model_pace
-from .base import (
-    Algorithm,
-    Cost,
-    Fold,
-    Local,
-    Setup,
-    Tensors,
-    Trainer,
-    Updates,
-    fine_tuned_while_it_helps,
-)
+from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Updates
+from .trainer import Trainer, fine_tuned_while_it_helps
 
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..local import Proximal
 from ..merging import block_scores, merge_rows, merging_weights, paper_row_step
 from ..sums import ModelSum
-from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
+from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Updates
+from .trainer import Trainer
 
 BUNDLE = 8
 """Updates added to the sum at once, at least: each time, all of it is read and written."""

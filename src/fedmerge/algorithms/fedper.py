@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..params import Layout
-from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
+from .base import Algorithm, Cost, Local, Setup, Tensors
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

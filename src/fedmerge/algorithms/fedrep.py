@@ -13,8 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Cost, Setup, Trainer
+from .base import Cost, Setup
 from .fedper import FedPer
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Trainer, Updates
+from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Updates
 from .kmeans import k_means
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

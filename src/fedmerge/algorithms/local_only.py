@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Algorithm, Cost, Local, Setup, Tensors, Trainer
+from .base import Algorithm, Cost, Local, Setup, Tensors
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

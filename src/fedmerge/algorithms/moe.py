@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..local import Mixture
-from .base import Cost, Local, Setup, Tensors, Trainer
+from .base import Cost, Local, Setup, Tensors
 from .components import Components, descend
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

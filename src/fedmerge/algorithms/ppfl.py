@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..params import Layout
 from ..sums import ModelSum
-from .base import Cost, Fold, Local, Setup, Tensors, Trainer, Updates
+from .base import Cost, Fold, Local, Setup, Tensors, Updates
 from .components import Components, descend
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
