@@ -316,6 +316,11 @@ def test_a_round_at_whose_end_ctrl_c_came_is_seen(
             config.run(tmp_path, seen.append)
     assert [log.round for log in seen] == [1, 2]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Simulation, "_begin", lambda *given: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            config.run(tmp_path, seen.append)
+    assert [log.round for log in seen] == [1, 2]
     config.run(tmp_path, seen.append)
     assert [log.round for log in seen] == [1, 2, 3, 4]
 
