@@ -437,6 +437,33 @@ def test_when_nodes_are_reminded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [when for when, node in reminders(110) if node == 101] == [67.5]
 
 
+def test_errors_are_no_sign_of_a_node_that_is_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, wait, error = 0.0, 10.0, True
+    grid = grid_of(make_clients(1))
+
+    def answer(message: Message, context: Any) -> Message:
+        if error:
+            return Message(Error(5, "Node Unavailable"), reply_to=message)
+        return Message(RecordDict(), reply_to=message)
+
+    grid.nodes[100].app = answer  # type: ignore[assignment]
+    grid.hold = lambda node: len(grid.pushed) % 2 == 1  # until it is reminded
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    office = post.Post(grid, 9, ttl=1000)
+    for error, lines in ((True, 0), (False, 1)):
+        for _ in range(post.TELL):
+            assert office.send(RecordDict(), "train", "c0", 100, 1, None)
+            wait *= 2  # longer than it has ever taken
+            clock += wait
+            assert list(office.replies()) == []
+            ((_, _, failure),) = office.replies()
+            assert (failure is not None) == error
+        assert sum("reminder" in record.getMessage() for record in caplog.records) == lines
+
+
 def test_a_node_that_is_at_work_is_reminded_once_for_each_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

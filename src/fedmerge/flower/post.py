@@ -130,7 +130,6 @@ class Post:
                     continue
                 took = time.monotonic() - letter.sent
                 self._fastest[letter.node] = min(took, self._fastest.get(letter.node, took))
-                self._tell(letter)
                 if message.has_error():
                     reason = message.error.reason or f"error {message.error.code}"
                     line = " ".join(str(reason).split())[:500]
@@ -139,6 +138,7 @@ class Post:
                     line = f"a reply of node {message.metadata.src_node_id}"
                     yield letter, None, Failure(line, answered=True)
                 else:
+                    self._tell(letter)
                     yield letter, message.content, None
             late = self._open.get(name)
             if late is not None and time.monotonic() > late.expires:
@@ -181,9 +181,9 @@ class Post:
             if letter.node in reminded or now < letter.sent + letter.patience:
                 continue
             letter.patience *= 2
-            letter.reminded = True
             records = RecordDict({"who": ConfigRecord({})})
             name = self._push(records, "query", letter.node, letter.round)
             if name:
+                letter.reminded = True
                 self._reminders[name] = replace(letter, sent=now, expires=now + self.ttl)
                 reminded.add(letter.node)
