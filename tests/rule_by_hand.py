@@ -27,6 +27,7 @@ class RuleByHand:
     furthest: float = 0.2
     agreement: float = 0.2
     settle: float = 0.5
+    extrapolate: float = 3.0
     round: int = 0
     weights: dict[str, Row] = field(default_factory=dict)
     own: dict[str, Row] = field(default_factory=dict)
@@ -40,6 +41,8 @@ class RuleByHand:
     peak: float = 0.0
     helped: dict[str, float] = field(default_factory=dict)  # by its training, of late
     overall: float = 0.0
+    heading: Row | None = None  # (d, P), of the models' mean updates
+    ahead: list[float] = field(default_factory=list)
     kinds: list[tuple[list[str], list[int]]] = field(
         default_factory=list
     )  # members, homes by block
@@ -68,7 +71,7 @@ class RuleByHand:
     ) -> None:
         """One round of the clients in `delta` (P,); length = learning rate times steps.
 
-        `said` is what they say of their training, where nothing is left out.
+        `said` is what they say of their training.
         """
         stepped = {i: self._row(i, delta[i], length[i]) for i in delta}
         for i in delta:
@@ -77,16 +80,17 @@ class RuleByHand:
             self.past[i] = self.kept.get(i, 0) + weight * delta[i]
         drawn = {i: self._drawn(i, stepped[i], delta[i]) for i in delta}
         new = {i: self._settled(i, drawn[i]) for i in delta}
+        said = said or dict.fromkeys(delta, 0.0)
         if not self.leave_one_out:
-            said = said or dict.fromkeys(delta, 0.0)
             for i in delta:
                 before = self.helped.get(i, said[i])
                 self.helped[i] = 0.7 * before + 0.3 * said[i]
             if self.round >= 16:
                 own = self._own_models()
                 new = {i: self._to_its_own(i, new[i], own) for i in delta}
-            mean = float(np.mean([said[i] for i in delta]))
-            self.overall = 0.7 * self.overall + 0.3 * mean if self.round else mean
+        mean = float(np.mean([said[i] for i in delta]))
+        self.overall = 0.7 * self.overall + 0.3 * mean if self.round else mean
+        stride = self._stride(new, n, delta)
         before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}
         for b, (start, stop) in enumerate(self.spans):
             pace = self._pace(
@@ -95,7 +99,7 @@ class RuleByHand:
             for j in range(len(self.models)):
                 total = sum(new[i][b, j] * n[i] for i in delta)
                 for i in delta:
-                    part = pace[j] * new[i][b, j] * n[i] / total * delta[i][start:stop]
+                    part = stride[j] * pace[j] * new[i][b, j] * n[i] / total * delta[i][start:stop]
                     self.models[j, start:stop] -= part
                     self.own[i][j, start:stop] += part
         for i in delta:
@@ -111,6 +115,29 @@ class RuleByHand:
         here = np.mean(cohort, axis=0)
         everywhere = np.mean(cohort + [self.weights[i][b] for i in others], axis=0)
         made: Row = np.minimum(here / everywhere, 1)
+        return made
+
+    def _stride(self, new: dict[str, Row], n: dict[str, int], delta: dict[str, Row]) -> list[float]:
+        """How many times the mean of the round's updates each model goes."""
+        made, means = [], np.zeros_like(self.models)
+        self.ahead = self.ahead or [0.0] * len(self.models)
+        for j in range(len(self.models)):
+            lengths = 0.0
+            for b, (start, stop) in enumerate(self.spans):
+                total = sum(new[i][b, j] * n[i] for i in delta)
+                for i in delta:
+                    part, update = new[i][b, j] * n[i] / total, delta[i][start:stop]
+                    lengths += part * float(update @ update)
+                    means[j, start:stop] += part * update
+            if self.heading is None:
+                cosine = 0.0
+            else:
+                product = np.linalg.norm(means[j]) * np.linalg.norm(self.heading[j])
+                cosine = float(means[j] @ self.heading[j] / product)
+            self.ahead[j] = min(1.0, max(0.0, self.ahead[j] + cosine - 0.9))
+            may = min(max(lengths / float(means[j] @ means[j]) / 2, 1.0), self.extrapolate)
+            made.append(min(may, 1 + max(0.0, 4 * self.overall, self.ahead[j])))
+        self.heading = means if self.heading is None else 0.7 * self.heading + 0.3 * means
         return made
 
     def _in_8_bits(self, row: Row) -> Row:

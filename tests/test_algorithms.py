@@ -72,6 +72,9 @@ class Quadratic:
     def loss(self, rows: Tensor, split: str = "train") -> Tensor:
         return (rows - self.centre).square().sum(-1) / 2
 
+    def wrong(self, rows: Tensor, split: str = "train") -> Tensor:
+        return torch.full((len(rows),), torch.nan)  # it predicts values
+
 
 @pytest.fixture
 def setup() -> Setup:
@@ -398,6 +401,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         "peers": 0,
         "pull": 2.0,
         "settle": 1.0,
+        "extrapolate": 1.0,
         "finetune": 2,
     },
     "fedmerge:rule=paper": {"d": 2, "logit_step": 0.2, "prox": 0.5},

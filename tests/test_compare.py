@@ -321,7 +321,8 @@ def test_results_are_complete_and_in_the_order_asked_for(tmp_path: Path) -> None
     assert shown["fedavg"][-6:] == ["1", "1", "0", "1", "0", "1"]
     # Beside 2 models, what is kept of 4 peers: sketches of 2 blocks, and 2 rows for each of these.
     peers = 4 * 2 * (2 * 4 * 256 + 2 * 8 * 2 + 8) / (4 * 310)
-    assert shown["fedmerge:d=2"][-6:-2] == ["1", "1", "0", f"{2 + peers:.2g}"]
+    heading = 2 * (2 * 4 * 256 + 8) / (4 * 310)
+    assert shown["fedmerge:d=2"][-6:-2] == ["1", "1", "0", f"{2 + peers + heading:.2g}"]
 
     # The page is an extra: without it, all the rest is there.
     def missing(_: Path) -> Path:
@@ -408,7 +409,7 @@ def test_methods_are_compared_after_equal_training_only(
         None,
         {"setting": "domain", "clients": 4, "rounds": 2, "epochs": 1, "hidden": 4},
     ).model_dump(mode="json")
-    (tmp_path / "comparison.json").write_text('{"format": 3, "trials": 0, "tuning_seeds": []}')
+    (tmp_path / "comparison.json").write_text('{"format": 4, "trials": 0, "tuning_seeds": []}')
     write_config(made, {**config, "method": "fedavg", "evaluate_every": 2, "threads": 2})
     option = f"--{name.replace('_', '-')}"
     result = call("compare", "--methods", "local", *names, option, value)

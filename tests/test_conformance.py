@@ -249,8 +249,12 @@ def test_what_travels_is_counted(method: str) -> None:
 
 def test_a_round_of_fedmerge_costs_the_bytes_of_fedavg() -> None:
     averaged = run("fedavg", participation=0.7, dropout=0.2)
-    # Where each client may have a model of its own, it says by how much training has helped it.
-    for method, number in (("fedmerge:d=5", 0), ("fedmerge:rule=paper", 0), ("fedmerge", 8)):
+    # But for a number: by how much training has helped the client.
+    for method, number in (
+        ("fedmerge:d=5", 8),
+        ("fedmerge:peers=0", 0),
+        ("fedmerge:rule=paper", 0),
+    ):
         merged = run(method, participation=0.7, dropout=0.2)
         for a, b in zip(merged.history, averaged.history, strict=True):
             replied = b.cohort - b.dropped

@@ -253,9 +253,10 @@ def test_compressed_updates_are_smaller_and_still_learn(
     tmp_path: Path, kind: str, share: float
 ) -> None:
     clients = make_clients(4)
-    plain = serve(tmp_path / "plain", grid_of(clients), rounds=12)
-    small = serve(tmp_path / kind, grid_of(clients), rounds=12, compression=kind, keep=0.1)
-    sizes = [server.progress.history[-1].bytes_up for server in (plain, small)]
+    plain = serve(tmp_path / "plain", grid_of(clients), rounds=24)
+    small = serve(tmp_path / kind, grid_of(clients), rounds=24, compression=kind, keep=0.1)
+    said = 8 * 4  # what four clients say of their training
+    sizes = [server.progress.history[-1].bytes_up - said for server in (plain, small)]
     assert sizes[1] <= share * sizes[0]
     assert small.progress.history[-1].bytes_down == plain.progress.history[-1].bytes_down
 
@@ -267,7 +268,7 @@ def test_compressed_updates_are_smaller_and_still_learn(
     first = plain.progress.history[0].metrics["merged"]["train"]["loss"]
     assert first is not None
     gained = first.mean - loss(plain)
-    assert first.mean - loss(small) > (0.98 if kind == "bfloat16" else 0.7) * gained
+    assert first.mean - loss(small) > (0.98 if kind == "bfloat16" else 0.9) * gained
 
 
 def test_a_disk_that_is_full_stops_the_server_and_keeps_the_last_commit(tmp_path: Path) -> None:

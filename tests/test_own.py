@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,20 +144,61 @@ def largest(soup: Soup) -> float:
 
 
 def test_rows_stay_while_models_are_new_and_where_training_does_not_help() -> None:
-    assert largest(few(1.0, NEW)) < 0.5
+    method = FedMerge(extrapolate=1)
+    assert largest(few(1.0, NEW, method)) < 0.5
+    assert largest(few(1.0, NEW + 6, method)) > 0.95
     assert largest(few(1.0, NEW + 6)) > 0.95
-    unsaid = few(None, NEW + 6)
+    unsaid = few(None, NEW + 6, method)
     assert largest(unsaid) < 0.5
     for said in (0.0, 0.05, -1.0):
-        weights = few(said, NEW + 6).weights()
+        weights = few(said, NEW + 6, method).weights()
         assert torch.equal(weights, unsaid.weights())  # type: ignore[arg-type]
     assert largest(few(1.0, NEW + 6, FedMerge(settle=0))) < 0.5
 
 
-def test_nobody_is_asked_where_rows_would_stay_anyway() -> None:
-    for method in ("fedmerge:d=3", "fedmerge:settle=0", "fedmerge:peers=0"):
-        simulation = run(method, make_clients(4), rounds=2)
+@pytest.mark.parametrize("method", [FedMerge(), FedMerge(d=2), FedMerge(settle=0)])
+def test_models_go_further_where_training_helps_and_only_there(method: FedMerge) -> None:
+    def models(said: float | None, rounds: int = 1, extrapolate: float = 3.0) -> Tensor:
+        return few(said, rounds, replace(method, extrapolate=extrapolate)).shared["models"]
+
+    plain = models(None, extrapolate=1)
+    start = models(None, 0)
+    for said in (None, 0.0, -1.0):
+        assert torch.equal(models(said), plain)
+    further = (models(0.05) - start) / (plain - start)
+    np.testing.assert_allclose(further, torch.full_like(further, 1.2), rtol=1e-5)
+    # Made-up updates are near to orthogonal, so three may go 1.5 times their mean.
+    most = (models(1.0) - start) / (plain - start)
+    assert 1.3 < float(most.min()) < float(most.max()) < 1.7
+    assert torch.equal(models(1.0, extrapolate=1), plain)
+
+
+def test_how_much_training_has_helped_of_late_decides() -> None:
+    soup = few(0.2, 1)
+    assert float(soup.shared["helped"]) == pytest.approx(0.2)
+    sent = soup.send(["a", "b"])
+    said = torch.tensor([-0.1, 0.3], dtype=F64)
+    soup.fold(make_updates(sent, made_delta(soup, 2, 5), extra={"help": said}))
+    soup.commit()
+    assert float(soup.shared["helped"]) == pytest.approx(0.7 * 0.2 + 0.3 * 0.1)
+
+
+def test_one_model_goes_no_further_than_fedavg() -> None:
+    asked = few(1.0, 3, FedMerge(d=1, leave_one_out=False))
+    plain = few(1.0, 3, FedMerge(d=1, leave_one_out=False, extrapolate=1))
+    assert float(asked.shared["helped"]) == 1.0
+    assert torch.equal(asked.shared["models"], plain.shared["models"])
+
+
+def test_nobody_is_asked_where_it_would_change_nothing() -> None:
+    still = "extrapolate=1"
+    for method in (f"d=3:{still}", f"settle=0:{still}", "peers=0", "d=1"):
+        simulation = run(f"fedmerge:{method}", make_clients(4), rounds=2)
         assert not any("help" in name for name in soup_tensors(simulation.soup))
+    for method in ("d=3", "settle=0"):
+        simulation = run(f"fedmerge:{method}", make_clients(4), rounds=2)
+        assert abs(float(simulation.soup.shared["helped"])) > 0.01
+        assert "helped" not in simulation.soup.rows(simulation.soup.clients)
     asked = run("fedmerge", make_clients(4), rounds=2)
     helped = asked.soup.rows(asked.soup.clients)["helped"]
     assert helped.abs().max() > 0.01

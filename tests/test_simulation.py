@@ -237,7 +237,8 @@ def test_the_result_is_of_the_last_evaluated_round() -> None:
             "loss": found["loss"].mean,
         }
     row = simulation.soup.setup.layout.n_bytes
-    assert result["bytes_up"] == result["bytes_down"] == row  # per client and round
+    # Per client and round, with eight bytes for what its training has done.
+    assert (result["bytes_up"], result["bytes_down"]) == (row + 8, row)
     assert (result["gap_train"], result["gap_test"]) == (last.gap_train, last.gap_test)
     assert result["blocks"] == ["0", "2"]
     assert np.array(result["weights"]).shape == (6, 2, 3)

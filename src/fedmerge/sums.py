@@ -1,4 +1,4 @@
-"""How the models move: the sum of a round's updates, and how far each model goes along it.
+"""How the models move: by the sum of a round's updates.
 
 As in `merging`, which says what the letters mean, everything is about matrices.
 """
@@ -27,22 +27,6 @@ def chunks(segments: Segments) -> Iterator[tuple[int, int, int]]:
     for start, stop, block in segments:
         for first in range(start, stop, COLUMNS):
             yield first, min(first + COLUMNS, stop), block
-
-
-def model_pace(cohort: Tensor, others: Tensor) -> Tensor:
-    """How far each model goes towards what a round's clients would have it be, (b, d) from 0 to 1.
-
-    A model that they use less than all clients do is moved by those it is not for: it goes that
-    share of the way. All of it if nobody else is known.
-
-    Args:
-        cohort: (k, b, d) merging weights of the round's clients. others: (n, b, d) of the rest.
-    """
-    used = cohort.mean(0)
-    if not len(others):
-        return torch.ones_like(used)
-    by_all = (cohort.sum(0) + others.sum(0)) / (len(cohort) + len(others))
-    return (used / by_all.clamp_min(1e-300)).clamp(max=1.0)
 
 
 @dataclass

@@ -12,7 +12,6 @@ is in `fedmerge_paper`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -23,10 +22,11 @@ from ..errors import ConfigError
 from ..kinds import SETTLING, homes, settled
 from ..merging import FLOOR, block_scores, eg_row_step, merge_rows, merging_weights
 from ..own import NEW, help_of, recent, share_of, towards_own
+from ..pace import HELPS, ahead, bounded, mean_steps, model_pace
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
-from ..sums import ModelSum, model_pace
+from ..sums import ModelSum
 from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Updates
 from .trainer import Trainer, fine_tuned_while_it_helps
 
@@ -41,7 +41,11 @@ SETTLED = "settled"
 """How far kinds should settle, there: () float64 from 0 to 1."""
 HELPED = "helped"
 """What training at the clients has done for their validation data of late, there: () float64,
-`own.recent`; where each client may have a model of its own."""
+`own.recent`; where clients are asked for it."""
+HEADING = "heading"
+"""Which way each model goes, there: (b, d, sketch), the `own.recent` of its steps."""
+AHEAD = "ahead"
+"""By how much further it goes for that, there: (d,) float64, `pace.ahead`."""
 PEAK = "peak"
 """Most that the updates of like clients have had in common in a round, there: () float64, infinite
 once that has faded."""
@@ -65,6 +69,8 @@ class FedMerge(Algorithm):
         pull: how much, in steps of a peer whose update is the same.
         settle: how far rows go in a round at most, home with their kind or to a model of their own;
             0 for never.
+        extrapolate: most times the mean of its clients' updates that a model goes, as far as
+            training helps them or its rounds agree; 1 for never further than the mean.
         finetune: epochs of local training before the model is used, by clients whose validation
             loss they lower by a tenth or more, and up to four times as many while it falls; 0 for
             none. They change what is evaluated as `merged`, never what is sent back.
@@ -82,11 +88,12 @@ class FedMerge(Algorithm):
     peers: int = 256
     pull: float = 20.0
     settle: float = 0.5
+    extrapolate: float = 3.0
     finetune: int = 0
 
     def __post_init__(self) -> None:
         self._need(d=1, init_noise=1e-9, cap=1e-9, horizon=1, sketch=1)
-        self._need(peers=0, pull=0, settle=0, finetune=0)
+        self._need(peers=0, pull=0, settle=0, extrapolate=1, finetune=0)
         if self.settle > 1:
             raise ConfigError(f"{self.name}: settle = {self.settle:g}: wanted 0 to 1")
 
@@ -107,14 +114,25 @@ class FedMerge(Algorithm):
         """Whether rows may go to a model of their own each, by what training does for them."""
         return self.leave_one_out is False and self.peers > 0 and self.settle > 0
 
+    @property
+    def _asks(self) -> bool:
+        """Whether clients say what training does for them."""
+        return self._may_own or self._extrapolates
+
+    @property
+    def _extrapolates(self) -> bool:
+        # One model is that of FedAvg, to the bit.
+        return self.d != 1 and self.peers > 0 and self.extrapolate > 1
+
     def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.d or 12
         b = len(setup.layout.blocks)
         sketch = 4 * self.sketch  # bytes
         known = min(self.peers, n_clients) * b * (2 * sketch + 16 * d + 8)
+        known += d * (b * sketch + 8) * self._extrapolates
         own, past = 2 * self.sketch + 4, self.sketch + 4
         client = b * d * (8 + own * self._leaves_out) + b * past * bool(self.peers)
-        said = 8 * self._may_own
+        said = 8 * self._asks
         row = setup.layout.n_bytes
         return Cost(
             up=1 + said / row, server=d + known / row, server_per_client=(client + said) / row
@@ -133,9 +151,15 @@ class FedMerge(Algorithm):
             models[:, :n] += self.init_noise * (spread if spread > 0 else 1.0) * noise
         if not self.peers:
             return {"models": models}
-        known = no_peers(len(setup.layout.blocks), d, self.sketch)
-        numbers = {SETTLED: 0.0, PEAK: 0.0} | ({HELPED: 0.0} if self._may_own else {})
-        return {"models": models, **_named(known, numbers)}
+        b = len(setup.layout.blocks)
+        made = {"models": models, **_named(no_peers(b, d, self.sketch))}
+        made |= {SETTLED: _number(0.0), PEAK: _number(0.0)}
+        if self._asks:
+            made[HELPED] = _number(0.0)
+        if self._extrapolates:
+            made[HEADING] = torch.zeros(b, d, self.sketch)
+            made[AHEAD] = torch.zeros(d, dtype=torch.float64)
+        return made
 
     def rows(self, setup: Setup, k: int) -> Tensors:
         b, d = len(setup.layout.blocks), self.d or 12
@@ -169,7 +193,7 @@ class FedMerge(Algorithm):
         start = message[:, 0]
         end, steps = trainer.fit(start)
         said: Tensors = {}
-        if self._may_own:
+        if self._asks:
             said["help"] = _help(start, end, trainer)
         return Local(setup.layout.update(start, end), steps, memory, end, said)
 
@@ -235,10 +259,11 @@ class FedMerge(Algorithm):
             past = from_units(rows["past"], rows["past_unit"])
             part["past"] = remembered(past, part["sketch"], rows["count"])
             logits = self._with_peers(shared, rows, part, logits)
+        if self._asks:
+            nothing = torch.zeros(len(updates), dtype=torch.float64)
+            part["said"] = updates.extra.get("help", nothing)
         if self._may_own:
-            said = updates.extra.get("help", torch.zeros(len(updates), dtype=torch.float64))
-            part["helped"] = recent(rows["helped"], said, rows["count"] == 0)
-            part["said"] = said
+            part["helped"] = recent(rows["helped"], part["said"], rows["count"] == 0)
             if version >= NEW:
                 missed = self._missed(rows, version)
                 share = share_of(part["helped"], shared[HELPED], part["count"], missed, self.settle)
@@ -274,18 +299,31 @@ class FedMerge(Algorithm):
             "count": count,
             "last": torch.full_like(count, version),
         }
+        made = dict(shared)
         if self.peers:
             known = _peers(shared)
             others = ~torch.isin(known["place"], fold.gathered("place"))
             weights = merging_weights(rows["logits"]), merging_weights(known["logits"][others])
-            fold.sum.pace = model_pace(*weights)
+            pace = model_pace(*weights)
+            order = fold.gathered("place").argsort()  # in whatever order clients came
+            if self._asks:
+                said = fold.gathered("said")[order].mean()
+                made[HELPED] = recent(shared[HELPED], said, version == 0)
+            if self._extrapolates:
+                share, updates = fold.gathered("share")[order], fold.gathered("sketch")[order]
+                step, heading = mean_steps(share, updates), shared[HEADING].double()
+                made[AHEAD] = ahead(shared[AHEAD], step, heading)
+                made[HEADING] = recent(heading, step, version == 0).float()
+                wanted = 1 + torch.maximum(HELPS * made[HELPED], made[AHEAD])
+                pace = pace * bounded(share, updates, wanted, self.extrapolate)
+            fold.sum.pace = pace
         if self._leaves_out:
             taken = fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)
             taken = (taken if fold.sum.pace is None else taken * fold.sum.pace).float()
             gained = fold.gathered("sketch")[:, :, None]
             own = fold.gathered("own").addcmul_(taken[..., None], gained)
             rows["own"], rows["unit"] = in_units(own)
-        made = {**shared, "models": fold.sum.step(shared["models"])}
+        made["models"] = fold.sum.step(shared["models"])
         if self.peers:
             rows["place"] = fold.gathered("place")
             rows["past"], rows["past_unit"] = in_units(fold.gathered("past"), torch.int8)
@@ -296,12 +334,9 @@ class FedMerge(Algorithm):
             far, peak = 0.0, 0.0
             if self.settle:
                 far, peak, known["home"] = homes(known, version + 1, float(shared[PEAK]))
-            numbers = {SETTLED: far, PEAK: peak}
             if self._may_own:
                 rows["helped"] = fold.gathered("helped")
-                said = fold.gathered("said").sort().values.mean()  # in whatever order they came
-                numbers[HELPED] = float(recent(shared[HELPED], said, version == 0))
-            made |= _named(known, numbers)
+            made |= {SETTLED: _number(far), PEAK: _number(peak), **_named(known)}
         return made, rows
 
 
@@ -318,9 +353,12 @@ def _help(start: Tensor, end: Tensor, trainer: Trainer) -> Tensor:
     return help_of(before, after, 1e-3)
 
 
-def _named(known: Peers, numbers: Mapping[str, float]) -> Tensors:
-    tables = {f"{PEERS}{name}": table for name, table in known.items()}
-    return tables | {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _named(known: Peers) -> Tensors:
+    return {f"{PEERS}{name}": table for name, table in known.items()}
 
 
 def _peers(shared: Tensors) -> Peers:

@@ -1,0 +1,77 @@
+"""How far each model goes along the mean of its clients' updates: pure functions over numbers.
+
+Less than the mean is for rounds whose clients use a model less than all do. More than the mean is
+for models that are behind: clients train them to more right answers on data that they have not
+trained on, or models go the same way round after round. As in `merging`, which says what the
+letters mean, rows are those of the clients of a round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HELPS = 4.0
+"""By how many times the mean of its updates a model goes further, for each unit of help, the log of
+the ratio of wrong answers (`own.help_of`)."""
+AGREES = 0.9
+"""Cosine of a model's step and its heading above which it goes further than the round before."""
+AHEAD = 1.0
+"""By how many times the mean of its updates a model goes further at most for its heading."""
+
+
+def model_pace(cohort: Tensor, others: Tensor) -> Tensor:
+    """How far each model goes towards what a round's clients would have it be, (b, d) from 0 to 1.
+
+    A model that they use less than all clients do is moved by those it is not for: it goes that
+    share of the way. All of it if nobody else is known.
+
+    Args:
+        cohort: (k, b, d) merging weights of the round's clients. others: (n, b, d) of the rest.
+    """
+    used = cohort.mean(0)
+    if not len(others):
+        return torch.ones_like(used)
+    by_all = (cohort.sum(0) + others.sum(0)) / (len(cohort) + len(others))
+    return (used / by_all.clamp_min(1e-300)).clamp(max=1.0)
+
+
+def bounded(share: Tensor, updates: Tensor, wanted: Tensor, most: float) -> Tensor:
+    """How many times the mean of its clients' updates each model goes, (d,) from 1 to `most`.
+
+    Updates that differ are short in the mean: it leads less far than any of them. So a model may go
+    further along it, up to half their mean squared length over that of their mean (Jhunjhunwala,
+    Wang and Joshi, "FedExP", ICLR 2023): for updates that agree, or for one, that is nowhere.
+
+    Args:
+        share: (k, b, d) float64, what each client counts for in each model.
+        updates: (k, b, s) their sketches. wanted: (d,) how far each model should go, if it may.
+    """
+    updates = updates.double()
+    lengths = torch.einsum("kb,kbd->d", updates.square().sum(2), _parts(share))
+    together = mean_steps(share, updates).square().sum((0, 2))
+    may = (lengths / together.clamp_min(1e-300) / 2).clamp(1.0, most)
+    return torch.minimum(may, wanted.clamp_min(1.0))
+
+
+def mean_steps(share: Tensor, updates: Tensor) -> Tensor:
+    """Return (b, d, s) float64: the mean updates of the models, as `bounded` has its arguments."""
+    return torch.einsum("kbs,kbd->bds", updates.double(), _parts(share))
+
+
+def ahead(further: Tensor, step: Tensor, heading: Tensor) -> Tensor:
+    """By how many times its step each model goes further for its heading, (d,) from 0 to AHEAD.
+
+    It grows in rounds that go on as those before, and falls in others.
+
+    Args:
+        further: (d,) that of the round before. step: (b, d, s) of this round.
+        heading: (b, d, s) which way it went before, a running mean; zeros for none.
+    """
+    lengths = step.square().sum((0, 2)) * heading.square().sum((0, 2))
+    cosine = (step * heading).sum((0, 2)) / lengths.sqrt().clamp_min(1e-300)
+    return (further + cosine - AGREES).clamp(0, AHEAD)
+
+
+def _parts(share: Tensor) -> Tensor:
+    return share / share.sum(0).clamp_min(1e-300)

@@ -1,0 +1,104 @@
+"""How far models go along the updates of a round; the whole rule: `test_merging`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmerge.merging import merging_weights
+from fedmerge.pace import AHEAD, ahead, bounded, mean_steps, model_pace
+
+F64 = torch.float64
+
+seeds = st.integers(0, 10_000)
+sizes = st.integers(1, 7)
+
+
+def f64(seed: int, *shape: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def near(a: Tensor, b: Tensor, tol: float = 1e-12) -> bool:
+    return bool(((a - b).abs() <= tol * (1 + b.abs())).all())
+
+
+def test_a_model_goes_as_far_as_the_rounds_clients_use_it() -> None:
+    cohort = torch.tensor([[[0.8, 0.1, 0.1]]], dtype=F64)
+    others = torch.tensor([[[0.2, 0.7, 0.1]], [[0.2, 0.7, 0.1]], [[0.4, 0.5, 0.1]]], dtype=F64)
+    # All four use the models by .4, .5 and .1; the one of this round by twice, a fifth and all.
+    assert near(model_pace(cohort, others), torch.tensor([[1.0, 0.2, 1.0]], dtype=F64))
+
+
+@given(seeds, sizes, st.integers(0, 6), sizes)
+def test_no_model_goes_further_because_clients_are_away(seed: int, k: int, n: int, d: int) -> None:
+    cohort = merging_weights(3 * f64(seed, k, 2, d))
+    others = merging_weights(3 * f64(seed + 1, n, 2, d))
+    pace = model_pace(cohort, others)
+    assert bool((pace >= 0).all() and (pace <= 1).all())
+    # Some model is used as much as by all.
+    assert near(pace.amax(-1), torch.ones(2, dtype=F64))
+    same = model_pace(cohort, cohort.repeat(n, 1, 1))  # the others use them alike
+    assert near(same, torch.ones(2, d, dtype=F64))
+    if not n:
+        assert torch.equal(pace, torch.ones(2, d, dtype=F64))
+
+
+def test_a_model_goes_the_further_the_less_its_clients_agree() -> None:
+    # Two blocks of one number, four clients; of the models only the last is not for all of them.
+    share = torch.ones(4, 2, 3, dtype=F64)
+    share[1:, :, 2] = 0
+    share[:, :, 1] = torch.tensor([[2.0], [2.0], [0.0], [0.0]])
+    updates = torch.tensor([[[1.0], [2.0]], [[1.0], [-2.0]], [[1.0], [2.0]], [[-3.0], [-2.0]]])
+
+    def far(wanted: float) -> Tensor:
+        return bounded(share, updates, torch.full((3,), wanted, dtype=F64), 3.0)
+
+    # Mean squared lengths of 7, 5 and 5, and means of lengths whose squares are 0, 1 and 5.
+    assert far(9.0).tolist() == [3.0, 2.5, 1.0]
+    assert far(1.5).tolist() == [1.5, 1.5, 1.0]
+    assert far(-2.0).tolist() == [1.0, 1.0, 1.0]
+
+
+@given(seeds, sizes, sizes, st.floats(-1, 5))
+def test_how_far_a_model_goes_is_within_its_bounds(
+    seed: int, k: int, d: int, wanted: float
+) -> None:
+    share = f64(seed, k, 2, d).abs()
+    updates = f64(seed + 1, k, 2, 5)
+    wish = torch.full((d,), wanted, dtype=F64)
+    found = bounded(share, updates, wish, 3.0)
+    assert bool((found >= 1).all() and (found <= min(3.0, max(1.0, wanted))).all())
+    assert near(bounded(share, 1e-3 * updates, wish, 3.0), found)  # whatever their length
+    once = torch.ones(d, dtype=F64)
+    assert torch.equal(bounded(share, updates[:1].expand(k, -1, -1), wish, 3.0), once)
+    # Nor does a model that nobody uses fail.
+    assert bool(bounded(torch.zeros_like(share), updates, wish, 3.0).isfinite().all())
+
+
+@given(seeds, sizes, sizes)
+def test_a_models_step_is_the_mean_of_its_clients_updates(seed: int, k: int, d: int) -> None:
+    share, updates = f64(seed, k, 2, d).abs(), f64(seed + 1, k, 2, 5)
+    found = mean_steps(share, updates)
+    for b in range(2):
+        for j in range(d):
+            by_hand = np.average(updates[:, b], axis=0, weights=share[:, b, j])
+            np.testing.assert_allclose(found[b, j], by_hand, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_gets_ahead_while_its_rounds_agree_and_falls_back_when_they_do_not() -> None:
+    on = torch.tensor([3.0, 0.0], dtype=F64)
+    heading = torch.stack([on, on, -on, torch.tensor([4.0, 3.0], dtype=F64), 0 * on])
+    heading = heading[None].repeat(2, 1, 1)  # (b, d, s)
+    step = on.expand(2, 5, 2)
+    none = torch.zeros(5, dtype=F64)
+    # Cosines of 1, 1, -1, .8 and none.
+    assert near(ahead(none, step, heading), torch.tensor([0.1, 0.1, 0, 0, 0], dtype=F64))
+    before = torch.tensor([0.5, 0.95, 1.0, 0.3, 0.95], dtype=F64)
+    expected = torch.tensor([0.6, AHEAD, 0, 0.2, 0.05], dtype=F64)
+    assert near(ahead(before, step, heading), expected)
+    # All blocks count as one: here the second, which is longer, goes back.
+    both = torch.stack([on, -2 * on])[:, None]
+    assert near(ahead(none[:1] + 0.5, both, both * torch.tensor([[[1.0]], [[-1.0]]])), none[:1])
