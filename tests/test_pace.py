@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from core_fixture import made_delta, make_updates, net
+from fedmerge import FedMerge, Soup
 from fedmerge.merging import merging_weights
 from fedmerge.pace import AHEAD, ahead, bounded, mean_steps, model_pace
 
@@ -102,3 +104,24 @@ def test_a_model_gets_ahead_while_its_rounds_agree_and_falls_back_when_they_do_n
     # All blocks count as one: here the second, which is longer, goes back.
     both = torch.stack([on, -2 * on])[:, None]
     assert near(ahead(none[:1] + 0.5, both, both * torch.tensor([[[1.0]], [[-1.0]]])), none[:1])
+
+
+def test_models_get_ahead_in_rounds_that_agree() -> None:
+    """By a tenth a round from the second on, as clients say nothing of their training."""
+
+    def after(rounds: int, extrapolate: float = 3.0) -> dict[str, Tensor]:
+        soup = Soup(FedMerge(d=2, extrapolate=extrapolate), net(dtype=F64), seed=3)
+        for _ in range(rounds):
+            sent = soup.send(["a", "b", "c"])
+            soup.fold(make_updates(sent, 0.01 * made_delta(soup, 3, 1)))
+            soup.commit()
+        return soup.shared
+
+    start, one, four = after(0), after(1), after(4)
+    assert one["ahead"].tolist() == [0, 0]
+    np.testing.assert_allclose(four["ahead"], [0.3, 0.3], rtol=1e-3)
+    # The heading is the step from the first round on.
+    np.testing.assert_allclose(four["heading"], one["heading"], rtol=0.05, atol=1e-3)
+    gone = (four["models"] - start["models"]).norm(dim=1)
+    plain = (after(4, 1.0)["models"] - start["models"]).norm(dim=1)
+    np.testing.assert_allclose(gone / plain, [1.15, 1.15], rtol=0.01)  # 1, 1.1, 1.2 and 1.3
