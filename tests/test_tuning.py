@@ -45,6 +45,16 @@ def test_the_first_points_of_the_grid_behind_the_defaults() -> None:
     assert grid_points("fedavg", 9, 8) == ({}, *grid)
 
 
+def test_no_trial_is_spent_on_what_another_has_tried() -> None:
+    assert grid_points("fedavg", 3, 8, {"lr": 0.1}) == ({}, {"lr": 1.0}, {"lr": 0.5}, {"lr": 0.03})
+    assert grid_points("fedbabu", 3, 8, {"lr": 0.1, "rounds": 5}) == (
+        {},
+        {"finetune": 20},
+        {"finetune": 20, "lr": 0.5},
+        {"lr": 0.5},  # and not 20 epochs at the rate that the first of them has anyway
+    )
+
+
 @pytest.mark.parametrize(("n", "fits"), [(8, True), (9, False)])
 def test_no_method_may_try_more_points_than_eight(
     monkeypatch: pytest.MonkeyPatch, n: int, fits: bool

@@ -267,7 +267,8 @@ def compare(
                 return len(config.federation().clients)
 
         def points(data: str, setting: str, method: str) -> Any:
-            return grid_points(method, protocol.trials, n_clients(data, setting))
+            usual = configure(data, setting, method, protocol.seeds[0])
+            return grid_points(method, protocol.trials, n_clients(data, setting), usual)
 
         cells = parts.make_cells(configure, protocol.pairs, protocol.methods, protocol.seeds)
         groups = make_groups(cells, points, protocol.tuning_seeds)

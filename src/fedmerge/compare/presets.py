@@ -54,7 +54,7 @@ PRESETS: Mapping[str, Preset] = {
         data={
             "digits": {"clients": 32, "rounds": 60, "epochs": 5},
             "mnist-5k-14": {"clients": 32, "rounds": 40, "epochs": 2},
-            "watch": {"rounds": 40, "epochs": 2, "lr": 0.1, "train_fraction": 0.2},
+            "watch": {"rounds": 40, "epochs": 2, "train_fraction": 0.2},
             "heart": {"rounds": 40, "epochs": 2, "lr": 0.01},
             "diabetes": {"rounds": 40, "epochs": 2, "lr": 0.03},
         },

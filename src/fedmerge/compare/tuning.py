@@ -30,17 +30,21 @@ Point = Mapping[str, object]
 """Values for some options of a method, or for lr and epochs; {} for the defaults."""
 
 
-def grid_points(method: str, trials: int, n_clients: int | None) -> tuple[Point, ...]:
+def grid_points(
+    method: str, trials: int, n_clients: int | None, usual: Mapping[str, object] | None = None
+) -> tuple[Point, ...]:
     """Return the first `trials` points of a method's grid, with the defaults in front.
 
     Points that change an option which `method`, a text such as "ditto:lam=0.3", sets are left out,
-    and so are those that do not go with the number of clients.
+    and so are those that do not go with the number of clients, and those that are another point
+    again where a run has the settings `usual`.
 
     Raises:
         ConfigError: an unknown method or option, or a grid of more than `MOST` points.
     """
     from ..algorithms import make_method
 
+    usual = usual or {}
     grid = make_method(method).grid
     if len(grid) > MOST:
         raise ConfigError(
@@ -61,7 +65,10 @@ def grid_points(method: str, trials: int, n_clients: int | None) -> tuple[Point,
             tried.resolve(n_clients)
         except ConfigError:
             continue
-        points.append(dict(point))
+        same = {name for name in TUNED if name in point and usual.get(name) == point[name]}
+        changed = {name: value for name, value in point.items() if name not in same}
+        if changed not in points:
+            points.append(changed)
     return tuple(points)
 
 
