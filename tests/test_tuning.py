@@ -45,14 +45,22 @@ def test_the_first_points_of_the_grid_behind_the_defaults() -> None:
     assert grid_points("fedavg", 9, 8) == ({}, *grid)
 
 
-def test_no_trial_is_spent_on_what_another_has_tried() -> None:
-    assert grid_points("fedavg", 3, 8, {"lr": 0.1}) == ({}, {"lr": 1.0}, {"lr": 0.5}, {"lr": 0.03})
-    assert grid_points("fedbabu", 3, 8, {"lr": 0.1, "rounds": 5}) == (
+def test_rates_are_tried_in_proportion_to_the_usual_one() -> None:
+    assert grid_points("fedavg", 3, 8, {"lr": 0.3}) == ({}, {"lr": 1.0}, {"lr": 0.1}, {"lr": 0.5})
+    assert grid_points("fedavg", 3, 8, {"lr": 0.01}) == (
         {},
-        {"finetune": 20},
-        {"finetune": 20, "lr": 0.5},
-        {"lr": 0.5},  # and not 20 epochs at the rate that the first of them has anyway
+        {"lr": 0.0333},
+        {"lr": 0.00333},
+        {"lr": 0.0167},
     )
+
+
+def test_no_trial_is_spent_on_what_another_has_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = ({"lr": 0.3}, {"finetune": 20}, {"finetune": 20, "lr": 0.3}, {"epochs": 2}, {"lr": 0.6})
+    monkeypatch.setattr(type(make_method("fedavg-ft")), "grid", grid)
+    tried = grid_points("fedavg-ft", 3, 8, {"lr": 0.1, "epochs": 2})
+    assert tried == ({}, {"finetune": 20}, {"lr": 0.2})
+    assert grid_points("fedavg-ft", 8, 8) == ({}, *grid)
 
 
 @pytest.mark.parametrize(("n", "fits"), [(8, True), (9, False)])

@@ -171,6 +171,7 @@ class Algorithm:
             does, so that they name it in tickets; None for all.
         grid: what tuning may try: at most 8 points, each a value for some of the method's options
             or of `lr` and `epochs`, the most promising first; the defaults are tried as well.
+            Rates are written for a usual one of 0.3, and go in proportion to that of a run.
     """
 
     name: ClassVar[str]
