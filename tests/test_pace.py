@@ -48,6 +48,10 @@ def test_no_model_goes_further_because_clients_are_away(seed: int, k: int, n: in
         assert torch.equal(pace, torch.ones(2, d, dtype=F64))
 
 
+def far_of(share: Tensor, updates: Tensor, wanted: Tensor) -> Tensor:
+    return bounded(share, updates, mean_steps(share, updates), wanted, 3.0)
+
+
 def test_a_model_goes_the_further_the_less_its_clients_agree() -> None:
     # Two blocks of one number, four clients; of the models only the last is not for all of them.
     share = torch.ones(4, 2, 3, dtype=F64)
@@ -56,7 +60,7 @@ def test_a_model_goes_the_further_the_less_its_clients_agree() -> None:
     updates = torch.tensor([[[1.0], [2.0]], [[1.0], [-2.0]], [[1.0], [2.0]], [[-3.0], [-2.0]]])
 
     def far(wanted: float) -> Tensor:
-        return bounded(share, updates, torch.full((3,), wanted, dtype=F64), 3.0)
+        return far_of(share, updates, torch.full((3,), wanted, dtype=F64))
 
     # Mean squared lengths of 7, 5 and 5, and means of lengths whose squares are 0, 1 and 5.
     assert far(9.0).tolist() == [3.0, 2.5, 1.0]
@@ -71,13 +75,13 @@ def test_how_far_a_model_goes_is_within_its_bounds(
     share = f64(seed, k, 2, d).abs()
     updates = f64(seed + 1, k, 2, 5)
     wish = torch.full((d,), wanted, dtype=F64)
-    found = bounded(share, updates, wish, 3.0)
+    found = far_of(share, updates, wish)
     assert bool((found >= 1).all() and (found <= min(3.0, max(1.0, wanted))).all())
-    assert near(bounded(share, 1e-3 * updates, wish, 3.0), found)  # whatever their length
+    assert near(far_of(share, 1e-3 * updates, wish), found)  # whatever their length
     once = torch.ones(d, dtype=F64)
-    assert torch.equal(bounded(share, updates[:1].expand(k, -1, -1), wish, 3.0), once)
+    assert torch.equal(far_of(share, updates[:1].expand(k, -1, -1), wish), once)
     # Nor does a model that nobody uses fail.
-    assert bool(bounded(torch.zeros_like(share), updates, wish, 3.0).isfinite().all())
+    assert bool(far_of(torch.zeros_like(share), updates, wish).isfinite().all())
 
 
 @given(seeds, sizes, sizes)

@@ -36,7 +36,7 @@ def model_pace(cohort: Tensor, others: Tensor) -> Tensor:
     return (used / by_all.clamp_min(1e-300)).clamp(max=1.0)
 
 
-def bounded(share: Tensor, updates: Tensor, wanted: Tensor, most: float) -> Tensor:
+def bounded(share: Tensor, updates: Tensor, step: Tensor, wanted: Tensor, most: float) -> Tensor:
     """How many times the mean of its clients' updates each model goes, (d,) from 1 to `most`.
 
     Updates that differ are short in the mean: it leads less far than any of them. So a model may go
@@ -45,17 +45,17 @@ def bounded(share: Tensor, updates: Tensor, wanted: Tensor, most: float) -> Tens
 
     Args:
         share: (k, b, d) float64, what each client counts for in each model.
-        updates: (k, b, s) their sketches. wanted: (d,) how far each model should go, if it may.
+        updates: (k, b, s) their sketches. step: (b, d, s) of the models, their `mean_steps`.
+        wanted: (d,) how far each model should go, if it may.
     """
-    updates = updates.double()
-    lengths = torch.einsum("kb,kbd->d", updates.square().sum(2), _parts(share))
-    together = mean_steps(share, updates).square().sum((0, 2))
+    lengths = torch.einsum("kb,kbd->d", updates.double().square().sum(2), _parts(share))
+    together = step.square().sum((0, 2))
     may = (lengths / together.clamp_min(1e-300) / 2).clamp(1.0, most)
     return torch.minimum(may, wanted.clamp_min(1.0))
 
 
 def mean_steps(share: Tensor, updates: Tensor) -> Tensor:
-    """Return (b, d, s) float64: the mean updates of the models, as `bounded` has its arguments."""
+    """Return (b, d, s) float64: the mean update of each model, of (k, b, d) and (k, b, s)."""
     return torch.einsum("kbs,kbd->bds", updates.double(), _parts(share))
 
 

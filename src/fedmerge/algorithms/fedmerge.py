@@ -315,7 +315,7 @@ class FedMerge(Algorithm):
                 made[AHEAD] = ahead(shared[AHEAD], step, heading)
                 made[HEADING] = recent(heading, step, version == 0).float()
                 wanted = 1 + torch.maximum(HELPS * made[HELPED], made[AHEAD])
-                pace = pace * bounded(share, updates, wanted, self.extrapolate)
+                pace = pace * bounded(share, updates, step, wanted, self.extrapolate)
             fold.sum.pace = pace
         if self._leaves_out:
             taken = fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)
