@@ -587,10 +587,15 @@ def test_failed_trials_are_told_and_all_cells_are_there(tmp_path: Path) -> None:
 def test_more_trials_than_the_grid_has_are_all_of_it_and_said(tmp_path: Path) -> None:
     arguments = ("--settings", "concept", "--methods", "fedavg", "--seeds", "0", "--trials", "7")
     sizes = ("--clients", "4", "--rounds", "1", "--epochs", "1", "--hidden", "4", "--workers", "1")
+    sizes += ("--lr", "0.03")
     result = call("compare", *arguments, *sizes, "--data", "gaussian", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     assert "--trials 7 is more than some grids have; all was tried of: fedavg 4." in result.stdout
     assert len(list(tmp_path.glob("tuning/*/result.json"))) == 5
+    tried = {
+        json.loads(file.read_text())["chosen"] for file in tmp_path.glob("tuning/*/config.json")
+    }
+    assert tried == {None, "lr=0.1", "lr=0.05", "lr=0.01", "lr=0.003"}  # about its own of .03
 
 
 def test_another_way_of_tuning_in_the_same_folder_is_refused(tmp_path: Path) -> None:
