@@ -1,0 +1,36 @@
+"""`python -m benchmarks.standings [NAME=FOLDER ...]`: write docs/results.md from docs/results.
+
+There is a file of results for each comparison that the documentation speaks of, a line for each
+run, and every number of the page is computed from it. NAME=FOLDER takes the file's lines from the
+folder of a finished comparison first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .page import COMPARISONS, page
+from .standing import Standing, read, read_folder, write
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def main(line: Sequence[str] | None = None, docs: Path = DOCS) -> None:
+    """Take in what is given, and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.standings", description=__doc__)
+    parser.add_argument("taken", nargs="*", metavar="NAME=FOLDER", help="all=, 30= or 10=FOLDER")
+    given = parser.parse_args(line)
+    for pair in given.taken:
+        name, _, folder = pair.partition("=")
+        if name not in COMPARISONS or not (Path(folder) / "results.jsonl").is_file():
+            parser.error(f'"{pair}": wanted {" or ".join(COMPARISONS)}, "=" and a finished folder')
+        write(read_folder(Path(folder)), docs / "results" / f"{name}.csv")
+    found = {name: docs / "results" / f"{name}.csv" for name in COMPARISONS}
+    held = {name: Standing(read(file)) for name, file in found.items() if file.is_file()}
+    (docs / "results.md").write_text(page(held), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

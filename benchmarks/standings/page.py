@@ -1,0 +1,163 @@
+"""The words and tables of docs/results.md, all of them computed from runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import mean
+
+from fedmerge.report.statistics import SIGNIFICANCE
+
+from .standing import OURS, Result, Standing, score_of, worst_of
+
+COMPARISONS = {
+    "all": "All clients in every round",
+    "30": "With 30 % of the clients in a round",
+    "10": "With 10 % of the clients in a round",
+}
+NEAR = 0.01
+"""A loss that does not count."""
+
+
+def page(comparisons: Mapping[str, Standing]) -> str:
+    """docs/results.md."""
+    lines = [
+        "# Results, run by run",
+        "",
+        "Of the standard comparison, as far as its runs are kept in [results](results), from which",
+        "`python -m benchmarks.standings` writes this. What was done and what it shows is in [comparison.md](comparison.md). All is of the last round and",
+        "of the model that clients would use: as it is merged, but in `fedmerge-ft` and in rivals",
+        "that fine-tune or keep a part of their own. Means over clients and seeds; intervals are",
+        "of 95 % over seeds, paired; p is Holm's, over the rivals of a setting. `fedmerge` and",
+        "`fedmerge-ft` are one training, and neither is held against the other.",
+    ]
+    for name, standing in comparisons.items():
+        lines += ["", f"## {COMPARISONS[name]}", "", *_summary(standing)]
+        lines += ["", "### What each method loses to the best", "", *_losses(standing)]
+        lines += ["", "### FedMerge and the best rival", "", *_against(standing, score_of)]
+        lines += ["", "### The worst tenth of the clients", "", *_against(standing, worst_of)]
+        for data in dict.fromkeys(where.partition("/")[0] for where in standing.settings):
+            here = [s for s in standing.settings if s.startswith(f"{data}/")]
+            if here != [f"{data}/natural"]:
+                lines += ["", f"### {data}", "", *_means(standing, here)]
+        natural = [s for s in standing.settings if s.endswith("/natural")]
+        if natural:
+            lines += ["", "### Natural clients", "", *_means(standing, natural)]
+    return "\n".join([*lines, ""])
+
+
+def _summary(standing: Standing) -> Iterator[str]:
+    """What holds over all settings, of both variants."""
+    seeds = sorted({seed for runs in standing.runs.values() for seed in runs})
+    accurate, n = standing.of_accuracy(), sum(map(len, standing.runs.values()))
+    yield (
+        f"{len(standing.methods)} methods, {len(standing.settings)} settings, {len(seeds)} seeds "
+        f"({', '.join(map(str, seeds))}), {n:,} runs."
+    )
+    for method in OURS:
+        lost = standing.losses(method)
+        where = max(lost, key=lambda s: lost[s])
+        pairs = [
+            (s, rival, behind, p)
+            for s in standing.settings
+            for rival, (behind, p) in standing.behind(s, method, score_of).items()
+        ]
+        sure = [(s, rival, b.mean) for s, rival, b, p in pairs if p < SIGNIFICANCE]
+        worse = [f"{rival} in `{s}` ({_text(by)})" for s, rival, by in sure if by > 0]
+        tenth = [
+            f"{rival} in `{s}` ({_text(behind.mean)})"
+            for s in accurate
+            for rival, (behind, p) in standing.behind(s, method, worst_of).items()
+            if p < SIGNIFICANCE and behind.mean > 0
+        ]
+        ranked = standing.ranks(OURS[1 - OURS.index(method)])
+        second = next(name for name in ranked if name != method)
+        yield ""
+        yield (
+            f"**{method}** loses {_text(mean(lost.values()))} in the mean and {_text(lost[where])} "
+            f"at most (`{where}`); it is best in {sum(not v for v in lost.values())} of the "
+            f"{len(accurate)} settings with accuracy, and within {NEAR} of the best in "
+            f"{sum(v <= NEAR for v in lost.values())}. Average rank {ranked[method]:.1f} of "
+            f"{len(ranked)} ({second} {ranked[second]:.1f}). Of {len(pairs)} comparisons with one "
+            f"rival in one setting it is better beyond chance in {len(sure) - len(worse)}, worse "
+            f"in {_listed(worse)}. The worst tenth is behind a rival's beyond chance in "
+            f"{_listed(tenth)}."
+        )
+
+
+def _losses(standing: Standing) -> Iterator[str]:
+    yield from _head("method", "largest", "where", "mean", f"within {NEAR}", "best")
+    lost = {method: standing.losses(method) for method in standing.methods}
+    for method in sorted(lost, key=lambda m: mean(lost[m].values())):
+        own = lost[method]
+        where = max(own, key=lambda s: own[s])
+        near, best = sum(v <= NEAR for v in own.values()), sum(not v for v in own.values())
+        yield _row(_name(method), _text(own[where]), where, _text(mean(own.values())), near, best)
+
+
+def _against(standing: Standing, of: Callable[[Result], float]) -> Iterator[str]:
+    """Both variants beside the rival that is best in a setting, and the rates that were chosen."""
+    ours = [f"`{method}`" for method in OURS]
+    lost = ("loss", "loss, `-ft`", "p", "p, `-ft`")
+    yield from _head("", *ours, "best rival", *lost, "chosen")
+    settings = standing.settings if of is score_of else standing.of_accuracy()
+    for where in settings:
+        seen = {
+            m: mean(map(of, standing.runs[where, m].values()))
+            for m in standing.methods
+            if (where, m) in standing.runs
+        }
+        rivals = standing.rivals(where, OURS[0])
+        best = max(rivals, key=lambda m: seen[m])
+        top = _text(max(seen[m] for m in (*OURS, best)))
+        shown = {m: _text(seen[m]) for m in (*OURS, best)}
+        bold = {m: f"**{text}**" if text == top else text for m, text in shown.items()}
+        held = [standing.behind(where, m, of)[best] for m in OURS]
+        yield _row(
+            where if where in standing.of_accuracy() else f"{where} (loss)",
+            *(bold[m] for m in OURS),
+            f"{bold[best]} ({best})",
+            *(f"{_text(i.mean, signed=True)} ± {_text((i.high or 0.0) - i.mean)}" for i, _ in held),
+            *(f"{p:.2f}" for _, p in held),
+            "; ".join(dict.fromkeys(_chosen(standing, where, m) for m in OURS)),
+        )
+
+
+def _means(standing: Standing, settings: Sequence[str]) -> Iterator[str]:
+    accurate = standing.of_accuracy()
+    natural = settings[0].endswith("/natural")
+    names = [s.split("/")[0 if natural else 1] for s in settings]
+    loss = ["" if s in accurate else " (loss)" for s in settings]
+    yield from _head("", *(name + text for name, text in zip(names, loss, strict=True)))
+    tops = {s: max(standing.mean(s, m) for m in standing.methods) for s in settings}
+    for method in standing.methods:
+        cells = []
+        for where in settings:
+            text, top = _text(standing.mean(where, method)), _text(tops[where])
+            cells.append(f"**{text}**" if text == top else text)
+        yield _row(_name(method), *cells)
+
+
+def _chosen(standing: Standing, where: str, method: str) -> str:
+    return next(iter(standing.runs[where, method].values())).chosen or "defaults"
+
+
+def _name(method: str) -> str:
+    return f"**{method}**" if method in OURS else method
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return f"{len(texts)}: {', '.join(texts)}" if texts else "none"
+
+
+def _text(value: float, signed: bool = False) -> str:
+    """Three digits without the zero in front; the sign only if asked for, and never of zero."""
+    text = f"{abs(value):.3f}".removeprefix("0")
+    return f"-{text}" if signed and round(value, 3) < 0 else text
+
+
+def _head(*cells: str) -> tuple[str, str]:
+    return _row(*cells), _row(*("---",) * len(cells))
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
