@@ -24,11 +24,12 @@ def page(comparisons: Mapping[str, Standing]) -> str:
         "# Results, run by run",
         "",
         "Of the standard comparison, as far as its runs are kept in [results](results), from which",
-        "`python -m benchmarks.standings` writes this. What was done and what it shows is in [comparison.md](comparison.md). All is of the last round and",
-        "of the model that clients would use: as it is merged, but in `fedmerge-ft` and in rivals",
-        "that fine-tune or keep a part of their own. Means over clients and seeds; intervals are",
-        "of 95 % over seeds, paired; p is Holm's, over the rivals of a setting. `fedmerge` and",
-        "`fedmerge-ft` are one training, and neither is held against the other.",
+        "`python -m benchmarks.standings` writes this. What was done and what it shows is in",
+        "[comparison.md](comparison.md). All is of the last round and of the model that clients",
+        "would use: as it is merged, but in `fedmerge-ft` and in rivals that fine-tune or keep a",
+        "part of their own. Means over clients and seeds; intervals of 95 % over seeds, paired;",
+        "p is Holm's, over the rivals of a setting. `fedmerge` and `fedmerge-ft` are one training,",
+        "and neither is held against the other.",
     ]
     for name, standing in comparisons.items():
         lines += ["", f"## {COMPARISONS[name]}", "", *_summary(standing)]
