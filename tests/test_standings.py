@@ -100,6 +100,13 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
         'x,a,fedmerge,0,0.50000,0.25000,"lr=0.5, mu=1"',
     ]
     assert "With 10 % of the clients" in (docs / "results.md").read_text()
+    before = (docs / "results" / "10.csv").read_text()
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps({**lines[0], "seed": 2, "accuracy": None, "loss": float("nan")}))
+    with pytest.raises(SystemExit):
+        write_page([f"10={folder}"], docs)
+    assert f"{folder}: fedmerge, seed 2, diverged" in capsys.readouterr().err
+    assert (docs / "results" / "10.csv").read_text() == before
     for wrong in (f"20={folder}", f"10={docs}"):
         with pytest.raises(SystemExit):
             write_page([wrong], docs)

@@ -26,7 +26,11 @@ def main(line: Sequence[str] | None = None, docs: Path = DOCS) -> None:
         name, _, folder = pair.partition("=")
         if name not in COMPARISONS or not (Path(folder) / "results.jsonl").is_file():
             parser.error(f'"{pair}": wanted {" or ".join(COMPARISONS)}, "=" and a finished folder')
-        write(read_folder(Path(folder)), docs / "results" / f"{name}.csv")
+        try:
+            runs = list(read_folder(Path(folder)))  # all of it, before a file is touched
+        except ValueError as error:
+            parser.error(str(error))
+        write(runs, docs / "results" / f"{name}.csv")
     found = {name: docs / "results" / f"{name}.csv" for name in COMPARISONS}
     held = {name: Standing(read(file)) for name, file in found.items() if file.is_file()}
     (docs / "results.md").write_text(page(held), encoding="utf-8")

@@ -49,7 +49,7 @@ def page(comparisons: Mapping[str, Standing]) -> str:
 def _summary(standing: Standing) -> Iterator[str]:
     """What holds over all settings, of both variants."""
     seeds = sorted({seed for runs in standing.runs.values() for seed in runs})
-    accurate, n = standing.of_accuracy(), sum(map(len, standing.runs.values()))
+    accurate, n = standing.accurate, sum(map(len, standing.runs.values()))
     yield (
         f"{len(standing.methods)} methods, {len(standing.settings)} settings, {len(seeds)} seeds "
         f"({', '.join(map(str, seeds))}), {n:,} runs."
@@ -100,7 +100,7 @@ def _against(standing: Standing, of: Callable[[Result], float]) -> Iterator[str]
     ours = [f"`{method}`" for method in OURS]
     lost = ("loss", "loss, `-ft`", "p", "p, `-ft`")
     yield from _head("", *ours, "best rival", *lost, "chosen")
-    settings = standing.settings if of is score_of else standing.of_accuracy()
+    settings = standing.settings if of is score_of else standing.accurate
     for where in settings:
         seen = {
             m: mean(map(of, standing.runs[where, m].values()))
@@ -114,7 +114,7 @@ def _against(standing: Standing, of: Callable[[Result], float]) -> Iterator[str]
         bold = {m: f"**{text}**" if text == top else text for m, text in shown.items()}
         held = [standing.behind(where, m, of)[best] for m in OURS]
         yield _row(
-            where if where in standing.of_accuracy() else f"{where} (loss)",
+            where if where in standing.accurate else f"{where} (loss)",
             *(bold[m] for m in OURS),
             f"{bold[best]} ({best})",
             *(f"{_text(i.mean, signed=True)} ± {_text((i.high or 0.0) - i.mean)}" for i, _ in held),
@@ -124,7 +124,7 @@ def _against(standing: Standing, of: Callable[[Result], float]) -> Iterator[str]
 
 
 def _means(standing: Standing, settings: Sequence[str]) -> Iterator[str]:
-    accurate = standing.of_accuracy()
+    accurate = standing.accurate
     natural = settings[0].endswith("/natural")
     names = [s.split("/")[0 if natural else 1] for s in settings]
     loss = ["" if s in accurate else " (loss)" for s in settings]

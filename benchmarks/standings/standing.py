@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,10 @@ class Result:
 
 
 class Standing:
-    """All runs of a comparison, by setting, method and seed."""
+    """All runs of a comparison, by setting, method and seed.
+
+    accurate: the settings whose score is an accuracy.
+    """
 
     def __init__(self, results: Iterable[Result]) -> None:
         self.runs: dict[tuple[str, str], dict[int, Result]] = {}
@@ -53,18 +57,13 @@ class Standing:
             self.runs.setdefault((one.where, one.method), {})[one.seed] = one
         self.settings = tuple(dict.fromkeys(where for where, _ in self.runs))
         self.methods = tuple(dict.fromkeys(method for _, method in self.runs))
-
-    def of_accuracy(self) -> list[str]:
-        """The settings whose score is an accuracy."""
-        return [s for s in self.settings if self._any(s).worst_tenth is not None]
+        every = [run for runs in self.runs.values() for run in runs.values()]
+        losses = {run.where for run in every if run.worst_tenth is None}
+        self.accurate = tuple(where for where in self.settings if where not in losses)
 
     def mean(self, where: str, method: str) -> float:
         """The mean score over seeds."""
         return mean(run.score for run in self.runs[where, method].values())
-
-    def worst(self, where: str, method: str) -> float:
-        """The mean over seeds of the worst tenth's accuracy."""
-        return mean(worst_of(run) for run in self.runs[where, method].values())
 
     def rivals(self, where: str, method: str) -> list[str]:
         """What `method` is held against in a setting."""
@@ -86,7 +85,7 @@ class Standing:
     def losses(self, method: str) -> dict[str, float]:
         """By setting what `method` loses to the best in it; 0 where that is it."""
         lost = {}
-        for where in self.of_accuracy():
+        for where in self.accurate:
             best = max(self.mean(where, m) for m in self.rivals(where, method))
             lost[where] = max(0.0, best - self.mean(where, method))
         return lost
@@ -97,15 +96,6 @@ class Standing:
         scores = [[round(self.mean(s, m), 12) for m in names] for s in self.settings]
         found = zip(names, ranks(np.array(scores)).mean(0).tolist(), strict=True)
         return dict(sorted(found, key=lambda pair: pair[1]))
-
-    def among(self, seeds: Iterable[int]) -> Standing:
-        """Of these seeds alone."""
-        chosen = set(seeds)
-        every = (run for runs in self.runs.values() for run in runs.values())
-        return Standing(run for run in every if run.seed in chosen)
-
-    def _any(self, where: str) -> Result:
-        return next(r for (s, _), runs in self.runs.items() if s == where for r in runs.values())
 
 
 def score_of(run: Result) -> float:
@@ -128,14 +118,21 @@ def read(file: Path) -> Iterator[Result]:
 
 
 def read_folder(folder: Path) -> Iterator[Result]:
-    """The runs of a finished comparison, of the last round and the model that clients would use."""
+    """The runs of a finished comparison, of the last round and the model that clients would use.
+
+    Raises:
+        ValueError: one has diverged, so that it has no mean with others.
+    """
     with (folder / "results.jsonl").open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
             if (row["at"], row["model"]) == ("last", "merged"):
                 accurate = row["accuracy"] is not None
+                score = row["accuracy"] if accurate else row["loss"]
+                if score is None or not math.isfinite(score):
+                    raise ValueError(f"{folder}: {row['method']}, seed {row['seed']}, diverged")
                 yield Result(
                     row["data"], row["setting"], row["method"], row["seed"],
-                    row["accuracy"] if accurate else -row["loss"],
+                    score if accurate else -score,
                     row["accuracy_worst_decile"] if accurate else None,
                     ", ".join(f"{name}={value}" for name, value in row["chosen"].items()),
                 )  # fmt: skip
