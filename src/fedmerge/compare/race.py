@@ -17,8 +17,8 @@ from scipy.special import stdtr
 
 from .folder import LOG
 
-HEATS = (2, 2, 4)
-"""Seeds that a race goes on with: few at first, which suffice for points that are far off."""
+HEATS = (4, 4)
+"""Seeds that a race goes on with: few at first, but so many that a t-test can tell chance."""
 OUT = 0.1
 """A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
 Scores = Sequence[float | None]
