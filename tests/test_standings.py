@@ -64,11 +64,19 @@ def test_ranks_are_over_all_settings_and_of_one_twin(standing: Standing) -> None
 
 def test_what_the_page_says_in_words(standing: Standing) -> None:
     text = page({"all": standing})
-    assert "4 methods, 3 settings, 3 seeds (0, 1, 2), 36 runs." in text
+    assert "4 methods, 3 settings with 3 seeds (0, 1, 2); 36 runs." in text
     assert "**fedmerge** loses .031 in the mean and .050 at most (`x/a`); it is best in 0" in text
     assert "| x/a | .820 | **.920** | .870 (ditto) | .050 ± " in text
     assert "| y/c (loss) | .600 | .600 | **.500** (ditto) | .100 ± .000 | .100 ± .000 |" in text
     assert "| ditto | .870 | .510 |" in text
+
+
+def test_settings_with_other_seeds_are_told_apart(standing: Standing) -> None:
+    for method in ("fedmerge", "fedmerge-ft", "ditto", "local"):
+        for seed in (0, 2):
+            del standing.runs["y/c", method][seed]
+    told = "4 methods, 2 settings with 3 seeds (0, 1, 2), 1 setting with 1 seed (1); 28 runs."
+    assert told in page({"all": standing})
 
 
 def test_the_page_in_the_documentation_is_what_its_runs_give() -> None:
@@ -100,6 +108,12 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
         'x,a,fedmerge,0,0.50000,0.25000,"lr=0.5, mu=1"',
     ]
     assert "With 10 % of the clients" in (docs / "results.md").read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    more = "".join(json.dumps({**line, "setting": "b"}) + "\n" for line in lines)
+    (other / "results.jsonl").write_text(more)
+    write_page([f"10={folder}", f"10={other}"], docs)
+    assert "2 settings with 2 seeds (0, 1); 12 runs." in (docs / "results.md").read_text()
     before = (docs / "results" / "10.csv").read_text()
     with (folder / "results.jsonl").open("a") as file:
         file.write(json.dumps({**lines[0], "seed": 2, "accuracy": None, "loss": float("nan")}))

@@ -2,7 +2,7 @@
 
 There is a file of results for each comparison that the documentation speaks of, a line for each
 run, and every number of the page is computed from it. NAME=FOLDER takes the file's lines from the
-folder of a finished comparison first.
+folder of a finished comparison first; given twice for a name, from both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .page import COMPARISONS, page
-from .standing import Standing, read, read_folder, write
+from .standing import Result, Standing, read, read_folder, write
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -22,14 +22,16 @@ def main(line: Sequence[str] | None = None, docs: Path = DOCS) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.standings", description=__doc__)
     parser.add_argument("taken", nargs="*", metavar="NAME=FOLDER", help="all=, 30= or 10=FOLDER")
     given = parser.parse_args(line)
+    taken: dict[str, list[Result]] = {}
     for pair in given.taken:
         name, _, folder = pair.partition("=")
         if name not in COMPARISONS or not (Path(folder) / "results.jsonl").is_file():
             parser.error(f'"{pair}": wanted {" or ".join(COMPARISONS)}, "=" and a finished folder')
         try:
-            runs = list(read_folder(Path(folder)))  # all of it, before a file is touched
+            taken.setdefault(name, []).extend(read_folder(Path(folder)))
         except ValueError as error:
             parser.error(str(error))
+    for name, runs in taken.items():  # all is read before a file is touched
         write(runs, docs / "results" / f"{name}.csv")
     found = {name: docs / "results" / f"{name}.csv" for name in COMPARISONS}
     held = {name: Standing(read(file)) for name, file in found.items() if file.is_file()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from statistics import mean
 
 from fedmerge.report.statistics import SIGNIFICANCE
@@ -48,12 +48,8 @@ def page(comparisons: Mapping[str, Standing]) -> str:
 
 def _summary(standing: Standing) -> Iterator[str]:
     """What holds over all settings, of both variants."""
-    seeds = sorted({seed for runs in standing.runs.values() for seed in runs})
     accurate, n = standing.accurate, sum(map(len, standing.runs.values()))
-    yield (
-        f"{len(standing.methods)} methods, {len(standing.settings)} settings, {len(seeds)} seeds "
-        f"({', '.join(map(str, seeds))}), {n:,} runs."
-    )
+    yield f"{len(standing.methods)} methods, {_seeds(standing)}; {n:,} runs."
     for method in OURS:
         lost = standing.losses(method)
         where = max(lost, key=lambda s: lost[s])
@@ -83,6 +79,21 @@ def _summary(standing: Standing) -> Iterator[str]:
             f"in {_listed(worse)}. The worst tenth is behind a rival's beyond chance in "
             f"{_listed(tenth)}."
         )
+
+
+def _seeds(standing: Standing) -> str:
+    """How many settings have been run with which seeds."""
+    found: dict[tuple[int, ...], set[str]] = {}
+    for (where, _), runs in standing.runs.items():
+        found.setdefault(tuple(sorted(runs)), set()).add(where)
+    return ", ".join(
+        f"{_n(settings, 'setting')} with {_n(seeds, 'seed')} ({', '.join(map(str, seeds))})"
+        for seeds, settings in found.items()
+    )
+
+
+def _n(things: Collection[object], word: str) -> str:
+    return f"{len(things)} {word}{'s' * (len(things) != 1)}"
 
 
 def _losses(standing: Standing) -> Iterator[str]:
