@@ -71,6 +71,17 @@ def test_what_the_page_says_in_words(standing: Standing) -> None:
     assert "| ditto | .870 | .510 |" in text
 
 
+def test_a_method_that_is_not_in_all_settings_is_judged_where_it_is(standing: Standing) -> None:
+    found = [run for runs in standing.runs.values() for run in runs.values()]
+    some = Standing(run for run in found if (run.where, run.method) != ("y/c", "local"))
+    assert some.complete == ("fedmerge", "fedmerge-ft", "ditto")
+    assert some.losses("fedmerge") == pytest.approx({"x/a": 0.05, "x/b": 0.012})  # of local in b
+    assert list(some.ranks(twin="fedmerge-ft")) == ["ditto", "fedmerge"]
+    text = page({"all": some})
+    assert "4 methods, 3 settings with 3 seeds (0, 1, 2); 33 runs." in text
+    assert text.count("\n| local |") == 1  # with its means in a and b, no losses
+
+
 def test_settings_with_other_seeds_are_told_apart(standing: Standing) -> None:
     for method in ("fedmerge", "fedmerge-ft", "ditto", "local"):
         for seed in (0, 2):

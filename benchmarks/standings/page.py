@@ -98,7 +98,7 @@ def _n(things: Collection[object], word: str) -> str:
 
 def _losses(standing: Standing) -> Iterator[str]:
     yield from _head("method", "largest", "where", "mean", f"within {NEAR}", "best")
-    lost = {method: standing.losses(method) for method in standing.methods}
+    lost = {method: standing.losses(method) for method in standing.complete}
     for method in sorted(lost, key=lambda m: mean(lost[m].values())):
         own = lost[method]
         where = max(own, key=lambda s: own[s])
@@ -140,8 +140,9 @@ def _means(standing: Standing, settings: Sequence[str]) -> Iterator[str]:
     names = [s.split("/")[0 if natural else 1] for s in settings]
     loss = ["" if s in accurate else " (loss)" for s in settings]
     yield from _head("", *(name + text for name, text in zip(names, loss, strict=True)))
-    tops = {s: max(standing.mean(s, m) for m in standing.methods) for s in settings}
-    for method in standing.methods:
+    here = [m for m in standing.methods if all((s, m) in standing.runs for s in settings)]
+    tops = {s: max(standing.mean(s, m) for m in here) for s in settings}
+    for method in here:
         cells = []
         for where in settings:
             text, top = _text(standing.mean(where, method)), _text(tops[where])

@@ -48,7 +48,7 @@ class Result:
 class Standing:
     """All runs of a comparison, by setting, method and seed.
 
-    accurate: the settings whose score is an accuracy.
+    accurate: the settings whose score is an accuracy. complete: the methods that are in all.
     """
 
     def __init__(self, results: Iterable[Result]) -> None:
@@ -58,6 +58,9 @@ class Standing:
         self.settings = tuple(dict.fromkeys(where for where, _ in self.runs))
         self.methods = tuple(dict.fromkeys(method for _, method in self.runs))
         every = [run for runs in self.runs.values() for run in runs.values()]
+        self.complete = tuple(
+            m for m in self.methods if all((where, m) in self.runs for where in self.settings)
+        )
         losses = {run.where for run in every if run.worst_tenth is None}
         self.accurate = tuple(where for where in self.settings if where not in losses)
 
@@ -91,8 +94,8 @@ class Standing:
         return lost
 
     def ranks(self, twin: str) -> dict[str, float]:
-        """The average rank of each method but `twin` over all settings, best first."""
-        names = [m for m in self.methods if m != twin]
+        """The average rank of each complete method but `twin` over all settings, best first."""
+        names = [m for m in self.complete if m != twin]
         scores = [[round(self.mean(s, m), 12) for m in names] for s in self.settings]
         found = zip(names, ranks(np.array(scores)).mean(0).tolist(), strict=True)
         return dict(sorted(found, key=lambda pair: pair[1]))
