@@ -126,6 +126,14 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
     write_page([f"10={folder}", f"10={other}"], docs)
     assert "2 settings with 2 seeds (0, 1); 12 runs." in (docs / "results.md").read_text()
     before = (docs / "results" / "10.csv").read_text()
+    fewer = "".join(
+        json.dumps({**line, "method": "ditto"}) + "\n" for line in lines if line["seed"]
+    )
+    (other / "results.jsonl").write_text(fewer)
+    with pytest.raises(SystemExit):
+        write_page([f"10={folder}", f"10={other}"], docs)
+    told = capsys.readouterr().err
+    assert "10: x/a: not all methods have the same seeds: [(0, 1), (1,)]" in told
     with (folder / "results.jsonl").open("a") as file:
         file.write(json.dumps({**lines[0], "seed": 2, "accuracy": None, "loss": float("nan")}))
     with pytest.raises(SystemExit):

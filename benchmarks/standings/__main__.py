@@ -31,7 +31,12 @@ def main(line: Sequence[str] | None = None, docs: Path = DOCS) -> None:
             taken.setdefault(name, []).extend(read_folder(Path(folder)))
         except ValueError as error:
             parser.error(str(error))
-    for name, runs in taken.items():  # all is read before a file is touched
+    for name, runs in taken.items():  # all is looked at before a file is touched
+        try:
+            Standing(runs)
+        except ValueError as error:
+            parser.error(f"{name}: {error}")
+    for name, runs in taken.items():
         write(runs, docs / "results" / f"{name}.csv")
     found = {name: docs / "results" / f"{name}.csv" for name in COMPARISONS}
     held = {name: Standing(read(file)) for name, file in found.items() if file.is_file()}

@@ -49,6 +49,10 @@ class Standing:
     """All runs of a comparison, by setting, method and seed.
 
     accurate: the settings whose score is an accuracy. complete: the methods that are in all.
+
+    Raises:
+        ValueError: methods of a setting were run with other seeds, so that their means differ by
+            more than the methods.
     """
 
     def __init__(self, results: Iterable[Result]) -> None:
@@ -57,6 +61,10 @@ class Standing:
             self.runs.setdefault((one.where, one.method), {})[one.seed] = one
         self.settings = tuple(dict.fromkeys(where for where, _ in self.runs))
         self.methods = tuple(dict.fromkeys(method for _, method in self.runs))
+        for where in self.settings:
+            seeds = {tuple(sorted(runs)) for (at, _), runs in self.runs.items() if at == where}
+            if len(seeds) > 1:
+                raise ValueError(f"{where}: not all methods have the same seeds: {sorted(seeds)}")
         every = [run for runs in self.runs.values() for run in runs.values()]
         self.complete = tuple(
             m for m in self.methods if all((where, m) in self.runs for where in self.settings)
