@@ -39,6 +39,18 @@ def test_regret_is_the_largest_loss_to_the_best_and_says_where() -> None:
     assert (local.largest, local.where) == (pytest.approx(0.325), "b")
 
 
+def test_what_is_one_training_with_fedmerge_is_no_regret_of_it() -> None:
+    values = {"a": {"fedmerge": [0.7], "fedmerge-ft": [0.9], "fedmerge:d=4": [0.75], "x": [0.8]}}
+    (table,) = overviews(make(values))
+    lost = {regret.method: regret.largest for regret in regrets(table)}
+    assert lost == {
+        "fedmerge": pytest.approx(0.1),
+        "fedmerge-ft": 0.0,
+        "fedmerge:d=4": pytest.approx(0.15),
+        "x": pytest.approx(0.1),
+    }
+
+
 def test_regret_of_a_loss_counts_upwards_and_a_missing_setting_is_named() -> None:
     values = {"a": {"x": [None], "y": [None]}, "b": {"x": [None]}}
     loss = {"a": {"x": [0.5], "y": [0.7]}, "b": {"x": [0.1]}}

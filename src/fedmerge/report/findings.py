@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmerge.report.ranking import METRICS, Entry, Table, comparison, unique
-from fedmerge.report.runs import Run, finite, is_fedmerge
+from fedmerge.report.runs import Run, finite, is_fedmerge, twin_of
 from fedmerge.report.statistics import ENOUGH
 
 
@@ -89,13 +89,6 @@ def called(variants: Sequence[str]) -> str:
     """What the first of the FedMerge variants is called in sentences."""
     plain = len(variants) == 1 and not variants[0].startswith("fedmerge-ft")
     return "FedMerge" if plain else variants[0]
-
-
-def twin_of(method: str) -> str:
-    """The same FedMerge with fine-tuning before use, or without it."""
-    name, colon, options = method.partition(":")
-    name = "fedmerge" if name == "fedmerge-ft" else "fedmerge-ft"
-    return f"{name}{colon}{options}"
 
 
 def _variant(method: str, subject: str, twin: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.report.ranking import METRICS, Table, comparison, unique
-from fedmerge.report.runs import Run, finite
+from fedmerge.report.runs import Run, finite, is_fedmerge, twin_of
 from fedmerge.report.statistics import (
     SIGNIFICANCE,
     Interval,
@@ -96,18 +96,25 @@ class Duel:
 
 
 def regrets(table: Table) -> tuple[Regret, ...]:
-    """Return each method's losses to the best in all settings of `table`."""
+    """Return each method's losses to the best in all settings of `table`.
+
+    FedMerge with fine-tuning before use and without it is one training: neither loses to the other.
+    """
     sign = METRICS[table.metric].better
     found = []
     for method in table.methods:
+        rivals = [m for m in table.methods if not (is_fedmerge(method) and m == twin_of(method))]
         losses: dict[str, float] = {}
         for setting in table.settings:
-            best, entry = table.best(setting), table.entries[method, setting]
-            if best is not None and finite(entry.mean):
-                top = table.entries[best, setting].mean
+            entry = table.entries[method, setting]
+            if table.best(setting) is None:
+                continue
+            if finite(entry.mean):
+                means = [table.entries[rival, setting].mean for rival in rivals]
+                top = max(sign * (mean or 0.0) for mean in means if finite(mean))
                 # Adding 0 makes -0 what it is.
-                losses[setting] = sign * ((top or 0.0) - (entry.mean or 0.0)) + 0.0
-            elif best is not None and entry.diverged:
+                losses[setting] = top - sign * (entry.mean or 0.0) + 0.0
+            elif entry.diverged:
                 losses[setting] = math.inf
         missing = tuple(s for s in table.settings if s not in losses and table.best(s) is not None)
         found.append(Regret(method, losses, missing))

@@ -135,6 +135,13 @@ def is_fedmerge(method: str) -> bool:
     return method.split(":")[0].split("-")[0] == "fedmerge"
 
 
+def twin_of(method: str) -> str:
+    """The same FedMerge with fine-tuning before use, or without it: one training with another."""
+    name, colon, options = method.partition(":")
+    name = "fedmerge" if name == "fedmerge-ft" else "fedmerge-ft"
+    return f"{name}{colon}{options}"
+
+
 def finite(value: float | None) -> bool:
     """Whether `value` is a number that can be averaged and compared."""
     return value is not None and math.isfinite(value)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmerge.report.findings import called, twin_of
+from fedmerge.report.findings import called
 from fedmerge.report.overall import Duel, Ranking, Regret, duels, overviews, ranking, regrets
 from fedmerge.report.ranking import METRICS, Table, unique
-from fedmerge.report.runs import Run, finite, is_fedmerge
+from fedmerge.report.runs import Run, finite, is_fedmerge, twin_of
 from fedmerge.report.tables import value_text
 
 _SAME = 1e-9  # ranks are means of halves
