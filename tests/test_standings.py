@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.standings.__main__ import DOCS
 from benchmarks.standings.__main__ import main as write_page
-from benchmarks.standings.page import COMPARISONS, page
+from benchmarks.standings.page import COMPARISONS, page, short
 from benchmarks.standings.standing import Result, Standing, read, score_of, worst_of
 
 from fedmerge.report.statistics import paired_interval
@@ -65,7 +65,8 @@ def test_ranks_are_over_all_settings_and_of_one_twin(standing: Standing) -> None
 def test_what_the_page_says_in_words(standing: Standing) -> None:
     text = page({"all": standing})
     assert "4 methods, 3 settings with 3 seeds (0, 1, 2); 36 runs." in text
-    assert "**fedmerge** loses .031 in the mean and .050 at most (`x/a`); it is best in 0" in text
+    assert "**fedmerge** loses .031 in the mean and .050 (`x/a`) at most; it is best in 0" in text
+    assert "| all | `fedmerge` | .031 | .050 (`x/a`) | 0 of 2 | 0 |" in text
     assert "| x/a | .820 | **.920** | .870 (ditto) | .050 ± " in text
     assert "| y/c (loss) | .600 | .600 | **.500** (ditto) | .100 ± .000 | .100 ± .000 |" in text
     assert "| ditto | .870 | .510 |" in text
@@ -95,6 +96,8 @@ def test_the_page_in_the_documentation_is_what_its_runs_give() -> None:
     held = {name: Standing(read(file)) for name, file in files.items() if file.is_file()}
     assert held
     assert (DOCS / "results.md").read_text(encoding="utf-8") == page(held)
+    compared = (DOCS / "comparison.md").read_text(encoding="utf-8").splitlines()
+    assert set(short(held)) <= set(compared)
 
 
 def test_a_folder_is_taken_in_and_a_wrong_one_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from fedmerge.report.statistics import SIGNIFICANCE
@@ -30,6 +31,13 @@ def page(comparisons: Mapping[str, Standing]) -> str:
         "part of their own. Means over clients and seeds; intervals of 95 % over seeds, paired;",
         "p is Holm's, over the rivals of a setting. `fedmerge` and `fedmerge-ft` are one training,",
         "and neither is held against the other.",
+        "",
+        "## In short",
+        "",
+        "What is lost to the best rival of a setting with accuracy, and how many comparisons with",
+        "one rival in one setting are beyond chance (those with values to predict counted):",
+        "",
+        *short(comparisons),
     ]
     for name, standing in comparisons.items():
         lines += ["", f"## {COMPARISONS[name]}", "", *_summary(standing)]
@@ -46,38 +54,102 @@ def page(comparisons: Mapping[str, Standing]) -> str:
     return "\n".join([*lines, ""])
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What holds of one variant over all settings.
+
+    lost: to the best rival, by setting with accuracy. better, worse, tenth: comparisons with one
+    rival in one setting that are beyond chance; of mean accuracy or loss, and, behind only, of the
+    worst tenth.
+    """
+
+    lost: Mapping[str, float]
+    compared: int
+    better: int
+    worse: Sequence[str]
+    tenth: Sequence[str]
+
+    @staticmethod
+    def of(standing: Standing, method: str) -> _Facts:
+        means = _sure(standing, method, standing.settings, score_of)
+        tenths = _sure(standing, method, standing.accurate, worst_of)
+        worse, tenth = (
+            [f"{rival} in `{s}` ({_text(by)})" for s, rival, by in sure if by > 0]
+            for sure in (means, tenths)
+        )
+        return _Facts(
+            standing.losses(method),
+            sum(len(standing.rivals(s, method)) for s in standing.settings),
+            len(means) - len(worse),
+            worse,
+            tenth,
+        )
+
+    @property
+    def largest(self) -> str:
+        where = max(self.lost, key=lambda s: self.lost[s])
+        return f"{_text(self.lost[where])} (`{where}`)"
+
+    @property
+    def best(self) -> int:
+        return sum(not v for v in self.lost.values())
+
+    @property
+    def near(self) -> int:
+        return sum(v <= NEAR for v in self.lost.values())
+
+
+def _sure(
+    standing: Standing, method: str, settings: Sequence[str], of: Callable[[Result], float]
+) -> list[tuple[str, str, float]]:
+    """(setting, rival, what `method` is behind) where that is beyond chance."""
+    return [
+        (s, rival, behind.mean)
+        for s in settings
+        for rival, (behind, p) in standing.behind(s, method, of).items()
+        if p < SIGNIFICANCE and behind.mean is not None
+    ]
+
+
+def short(comparisons: Mapping[str, Standing]) -> Iterator[str]:
+    """The table of what both variants lose in each comparison."""
+    yield from _head(
+        "clients in a round", "", "mean loss", "largest", "best in", f"within {NEAR}",
+        "worse than a rival", "better", "worst tenth behind",
+    )  # fmt: skip
+    for name, standing in comparisons.items():
+        for method in OURS:
+            facts, n = _Facts.of(standing, method), len(standing.accurate)
+            yield _row(
+                name if name == "all" else f"{name} %",
+                f"`{method}`",
+                _text(mean(facts.lost.values())),
+                facts.largest,
+                f"{facts.best} of {n}",
+                facts.near,
+                f"{len(facts.worse)} of {facts.compared}",
+                facts.better,
+                len(facts.tenth),
+            )
+
+
 def _summary(standing: Standing) -> Iterator[str]:
     """What holds over all settings, of both variants."""
-    accurate, n = standing.accurate, sum(map(len, standing.runs.values()))
+    n = sum(map(len, standing.runs.values()))
     yield f"{len(standing.methods)} methods, {_seeds(standing)}; {n:,} runs."
     for method in OURS:
-        lost = standing.losses(method)
-        where = max(lost, key=lambda s: lost[s])
-        pairs = [
-            (s, rival, behind, p)
-            for s in standing.settings
-            for rival, (behind, p) in standing.behind(s, method, score_of).items()
-        ]
-        sure = [(s, rival, b.mean) for s, rival, b, p in pairs if p < SIGNIFICANCE]
-        worse = [f"{rival} in `{s}` ({_text(by)})" for s, rival, by in sure if by > 0]
-        tenth = [
-            f"{rival} in `{s}` ({_text(behind.mean)})"
-            for s in accurate
-            for rival, (behind, p) in standing.behind(s, method, worst_of).items()
-            if p < SIGNIFICANCE and behind.mean > 0
-        ]
+        facts = _Facts.of(standing, method)
         ranked = standing.ranks(OURS[1 - OURS.index(method)])
         second = next(name for name in ranked if name != method)
         yield ""
         yield (
-            f"**{method}** loses {_text(mean(lost.values()))} in the mean and {_text(lost[where])} "
-            f"at most (`{where}`); it is best in {sum(not v for v in lost.values())} of the "
-            f"{len(accurate)} settings with accuracy, and within {NEAR} of the best in "
-            f"{sum(v <= NEAR for v in lost.values())}. Average rank {ranked[method]:.1f} of "
-            f"{len(ranked)} ({second} {ranked[second]:.1f}). Of {len(pairs)} comparisons with one "
-            f"rival in one setting it is better beyond chance in {len(sure) - len(worse)}, worse "
-            f"in {_listed(worse)}. The worst tenth is behind a rival's beyond chance in "
-            f"{_listed(tenth)}."
+            f"**{method}** loses {_text(mean(facts.lost.values()))} in the mean and "
+            f"{facts.largest} at most; it is best in {facts.best} of the "
+            f"{len(standing.accurate)} settings with accuracy, and within {NEAR} of the best in "
+            f"{facts.near}. Average rank {ranked[method]:.1f} of {len(ranked)} ({second} "
+            f"{ranked[second]:.1f}). Of {facts.compared} comparisons with one rival in one setting "
+            f"it is better beyond chance in {facts.better}, worse in {_listed(facts.worse)}. "
+            f"The worst tenth is behind a rival's beyond chance in {_listed(facts.tenth)}."
         )
 
 
