@@ -107,7 +107,7 @@ def _sure(
         (s, rival, behind.mean)
         for s in settings
         for rival, (behind, p) in standing.behind(s, method, of).items()
-        if p < SIGNIFICANCE and behind.mean is not None
+        if p < SIGNIFICANCE
     ]
 
 
