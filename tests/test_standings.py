@@ -128,7 +128,16 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
     (other / "results.jsonl").write_text(more)
     write_page([f"10={folder}", f"10={other}"], docs)
     assert "2 settings with 2 seeds (0, 1); 12 runs." in (docs / "results.md").read_text()
-    before = (docs / "results" / "10.csv").read_text()
+    again = [{**line, "accuracy": 0.75} for line in lines if line["method"] == "local"]
+    new = [{**line, "method": "ditto"} for line in lines if line["method"] == "local"]
+    (other / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again + new))
+    write_page([f"10+={other}"], docs)
+    added = (docs / "results" / "10.csv").read_text()
+    assert added.count("x,a,local,") == added.count("x,a,ditto,") == 2
+    assert added.count("x,b,local,") == 2
+    assert "x,a,local,0,0.75000" in added
+    assert "2 settings with 2 seeds (0, 1); 14 runs." in (docs / "results.md").read_text()
+    before = added
     fewer = "".join(
         json.dumps({**line, "method": "ditto"}) + "\n" for line in lines if line["seed"]
     )
@@ -146,4 +155,4 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
     for wrong in (f"20={folder}", f"10={docs}"):
         with pytest.raises(SystemExit):
             write_page([wrong], docs)
-        assert f'"{wrong}": wanted all or 30 or 10, "=" and' in capsys.readouterr().err
+        assert f'"{wrong}": wanted all or 30 or 10, "=" or "+=" and' in capsys.readouterr().err
