@@ -41,6 +41,7 @@ class RuleByHand:
     peak: float = 0.0
     helped: dict[str, float] = field(default_factory=dict)  # by its training, of late
     overall: float = 0.0
+    means: Row | None = None  # (d, P), of the models over rounds
     heading: Row | None = None  # (d, P), of the models' mean updates
     ahead: list[float] = field(default_factory=list)
     kinds: list[tuple[list[str], list[int]]] = field(
@@ -55,11 +56,18 @@ class RuleByHand:
             self.seen[client] = []
 
     def merged(self, client: str) -> Row:
+        """To be trained."""
+        return self._merged(client, self.models)
+
+    def used(self, client: str) -> Row:
+        return self._merged(client, self.models if self.means is None else self.means)
+
+    def _merged(self, client: str, models: Row) -> Row:
         self.join(client)
-        made = np.zeros(self.models.shape[1])
+        made = np.zeros(models.shape[1])
         for b, (start, stop) in enumerate(self.spans):
-            for j in range(len(self.models)):
-                made[start:stop] += self.weights[client][b, j] * self.models[j, start:stop]
+            for j in range(len(models)):
+                made[start:stop] += self.weights[client][b, j] * models[j, start:stop]
         return made
 
     def step(
@@ -92,6 +100,8 @@ class RuleByHand:
         self.overall = 0.7 * self.overall + 0.3 * mean if self.round else mean
         stride = self._stride(new, n, delta)
         before = {i: np.log(np.maximum(self.weights[i], 1e-6)) for i in delta}
+        if self.means is None:
+            self.means = self.models.copy()
         for b, (start, stop) in enumerate(self.spans):
             pace = self._pace(
                 [row[b] for row in new.values()], b, [i for i in self.last if i not in delta]
@@ -102,6 +112,11 @@ class RuleByHand:
                     part = stride[j] * pace[j] * new[i][b, j] * n[i] / total * delta[i][start:stop]
                     self.models[j, start:stop] -= part
                     self.own[i][j, start:stop] += part
+                here = sum(new[i][b, j] for i in delta)
+                away = sum(self.weights[i][b, j] for i in self.last if i not in delta)
+                way = (here / (here + away)) ** 0.5
+                gap = self.models[j, start:stop] - self.means[j, start:stop]
+                self.means[j, start:stop] += way * gap
         for i in delta:
             self.last[i] = (delta[i], np.log(stepped[i]) - before[i])
             self.weights[i] = new[i]

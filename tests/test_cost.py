@@ -60,6 +60,8 @@ def test_a_method_costs_what_it_says(
         simulation.soup.rows(simulation.soup.clients)
     )
     wanted = cost.server + M * cost.server_per_client
+    if method in ("fedmerge", "fedmerge-ft"):  # all clients are in every round
+        wanted -= M
     if method == "cfl":  # no cluster has been parted yet
         wanted = 2 + M * cost.server_per_client
     if method == GREEDY:  # what is declared is what its tree may grow to
@@ -68,6 +70,21 @@ def test_a_method_costs_what_it_says(
         assert server / row == pytest.approx(wanted, abs=0.2, rel=0.05)
     in_a_pass = epochs * sum(len(client.train) for client in clients)
     assert seen / in_a_pass == pytest.approx(cost.passes, rel=0.04)
+
+
+def test_with_some_clients_in_a_round_fedmerge_keeps_the_means_of_its_models() -> None:
+    clients = make_clients(M)
+    shape = tuple(clients[0].train.x.shape[1:])
+
+    def kept(participation: float, method: str = "fedmerge") -> float:
+        simulation = simulate(
+            method, clients, lambda: mlp(shape, 3, 64), rounds=4, participation=participation
+        )
+        list(simulation.rounds())
+        return n_bytes(simulation.soup.shared) / simulation.soup.setup.layout.n_bytes
+
+    assert kept(0.5) == pytest.approx(kept(1.0) + M, abs=0.01)
+    assert kept(0.5, "fedmerge:average=false") == pytest.approx(kept(1.0), abs=0.01)
 
 
 def test_the_grids_are_short_and_make_methods() -> None:

@@ -253,7 +253,7 @@ def test_the_models_are_those_that_the_clients_would_receive(state: Path) -> Non
     module = network()
     module.load_state_dict(load_file(state / "models" / "c1.safetensors"))
     row = soup.setup.layout.row(module)
-    assert row.equal(soup.message(["c1"])[0, 0])
+    assert row.equal(soup.used(["c1"])[0, 0])
 
 
 def test_the_commands(state: Path, tmp_path: Path) -> None:

@@ -427,6 +427,9 @@ def beside_the_rule_by_hand(
         sent = soup.send(cohort)
         for i, client in enumerate(cohort):
             np.testing.assert_allclose(sent.message[i, 0], hand.merged(client), **near)
+        used = soup.used(soup.clients)[:, 0]
+        wanted = np.stack([hand.used(client) for client in soup.clients])
+        np.testing.assert_allclose(used, wanted, **near)
         # Some steps below the cap, some above it.
         delta = (0.02 if t % 2 else 2.0) * made_delta(soup, len(cohort), 50 + t)
         said = {c: helped[c] + 0.1 * (t % 3 - 1) for c in cohort} if helped else None

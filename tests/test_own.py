@@ -53,7 +53,7 @@ def test_help_is_the_log_of_by_how_much_a_score_has_fallen() -> None:
 def test_clients_say_what_their_training_did_to_their_validation_data(targets: int) -> None:
     clients = make_clients(3, targets=targets)
     simulation = simulate("fedmerge", clients, net() if not targets else two_outputs, rounds=1)
-    start = simulation.soup.message(simulation.soup.clients)[:, 0]
+    start = simulation.soup.used(simulation.soup.clients)[:, 0]
     for _ in simulation.rounds():
         pass
     helped = simulation.soup.rows(simulation.soup.clients)["helped"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from torch import Tensor
 from core_fixture import made_delta, make_updates, net
 from fedmerge import FedMerge, Soup
 from fedmerge.merging import merging_weights
-from fedmerge.pace import AHEAD, ahead, bounded, mean_steps, model_pace
+from fedmerge.pace import AHEAD, ahead, averaged, bounded, mean_steps, model_pace
 
 F64 = torch.float64
 
@@ -129,3 +131,41 @@ def test_models_get_ahead_in_rounds_that_agree() -> None:
     gone = (four["models"] - start["models"]).norm(dim=1)
     plain = (after(4, 1.0)["models"] - start["models"]).norm(dim=1)
     np.testing.assert_allclose(gone / plain, [1.15, 1.15], rtol=0.01)  # 1, 1.1, 1.2 and 1.3
+
+
+def test_what_is_used_follows_a_model_by_the_root_of_its_clients_in_the_round() -> None:
+    # Two blocks of two numbers and a buffer. One client is there, three are not: they use the
+    # first block's models by .8 to .8 and .2 to 2.2, the second's by 1 to 0 and 0 to 3.
+    cohort = torch.tensor([[[0.8, 0.2], [1.0, 0.0]]], dtype=F64)
+    others = torch.tensor([[[0.4, 0.6], [0.0, 1.0]], [[0.2, 0.8], [0.0, 1.0]]], dtype=F64)
+    others = torch.cat([others, others[1:]])
+    means, models = torch.zeros(2, 5), torch.ones(2, 5)
+    made = averaged(means, models, cohort, others, ((0, 2), (2, 4)))
+    wanted = torch.tensor([[0.5**0.5] * 2 + [1, 1, 1], [(1 / 12) ** 0.5] * 2 + [0, 0, 1]])
+    assert near(made, wanted, 1e-6)
+    assert torch.equal(means, torch.zeros(2, 5))
+    assert averaged(means, models, cohort, others[:0], ((0, 2), (2, 4))).shape == (0, 5)
+
+
+def test_what_is_used_is_the_model_in_a_round_of_all_its_clients() -> None:
+    def after(cohorts: list[tuple[str, ...]], **options: Any) -> Soup:
+        soup = Soup(FedMerge(d=2, **options), net(), seed=3)
+        for t, cohort in enumerate(cohorts):
+            sent = soup.send(cohort)
+            soup.fold(make_updates(sent, made_delta(soup, len(cohort), t)))
+            soup.commit()
+        return soup
+
+    def differs(soup: Soup) -> bool:
+        return not torch.equal(soup.used(("a", "b")), soup.send(("a", "b")).message)
+
+    every, one = ("a", "b", "c"), ("a",)
+    assert not differs(after([every, every]))
+    apart = after([every, one])
+    assert differs(apart)
+    plain = after([every, one], average=False)
+    assert not differs(plain)
+    # Training knows nothing of it.
+    assert torch.equal(plain.shared["models"], apart.shared["models"])
+    assert not differs(after([every, one, every]))
+    assert not differs(after([every, one], peers=0))

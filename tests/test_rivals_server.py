@@ -107,7 +107,7 @@ def test_fedamp_mixes_by_cosine(own: float | None) -> None:
         self_share = 1 / K if own is None else own
         share *= (1 - self_share) / share.sum()
         share[i] = self_share
-        got = soup.message([f"c{i}"])[0, 0].numpy()
+        got = soup.used([f"c{i}"])[0, 0].numpy()
         np.testing.assert_allclose(got, share @ w, rtol=1e-10, atol=1e-12)
 
 
@@ -124,7 +124,7 @@ def test_fedamp_mixes_by_distance() -> None:
     xi = slope * (0.8 / slope.sum(1).max())
     xi += np.diag(1 - xi.sum(1))
     assert xi.diagonal().min() == pytest.approx(0.2)
-    got = soup.message(names())[:, 0].numpy()
+    got = soup.used(names())[:, 0].numpy()
     np.testing.assert_allclose(got, xi @ w, rtol=1e-10, atol=1e-12)
 
 
@@ -134,7 +134,7 @@ def test_fedamp_mixes_what_absent_clients_have_trained_last() -> None:
     first = soup.setup.initial(0)
     delta = normal(3, 4, len(first), dtype=F64)
     one_round(soup, delta[:1], ["c2"])
-    got = soup.message(names())[:, 0]
+    got = soup.used(names())[:, 0]
     # One alone keeps its model; who has not taken part yet is sent the mean of all.
     torch.testing.assert_close(got, (first - delta[0]).repeat(K, 1))
     one_round(soup, delta[1:3], ["c0", "c4"])
@@ -144,7 +144,7 @@ def test_fedamp_mixes_what_absent_clients_have_trained_last() -> None:
     share = torch.softmax(8.0 * torch.stack([cosine[0], cosine[4]]), 0) * 2 / 3
     cloud = trained[2] / 3 + share[0] * trained[0] + share[1] * trained[4]
     trained[2] = cloud - delta[3]
-    got = soup.message(names())[:, 0]
+    got = soup.used(names())[:, 0]
     torch.testing.assert_close(got[1], torch.stack(list(trained.values())).mean(0))
     cosine = {k: torch.cosine_similarity(trained[4], trained[k], dim=0) for k in (0, 2)}
     share = torch.softmax(8.0 * torch.stack([cosine[0], cosine[2]]), 0) * 2 / 3
@@ -212,7 +212,7 @@ def test_fedfomo_sends_the_models_of_largest_affinity() -> None:
         for slot, j in enumerate(chosen[i].tolist()):
             affinity[i, j] += gain[i, slot].item()
     np.testing.assert_allclose(soup.shared["affinity"].numpy(), affinity, rtol=1e-6)
-    got = soup.message(names())
+    got = soup.used(names())
     for i in range(K):
         others = sorted((j for j in range(K) if j != i), key=lambda j: -affinity[i, j])
         best = {j for j in others if affinity[i, j] > affinity[i, others[2]]}
@@ -247,7 +247,7 @@ def test_fesem_assigns_by_distance_and_takes_means() -> None:
     one_round(soup, delta)
     w = first - delta
     soup.join(["new"])
-    got = soup.message([*names(), "new"])[:, 0]
+    got = soup.used([*names(), "new"])[:, 0]
     for i in range(K):
         torch.testing.assert_close(got[i], w[i % 2 :: 2].mean(0))
     torch.testing.assert_close(got[K], w.mean(0))
@@ -256,7 +256,7 @@ def test_fesem_assigns_by_distance_and_takes_means() -> None:
     delta[0] = got[0] - got[1]
     one_round(soup, delta)
     w = got[:K] - delta
-    after = soup.message(names())[:, 0]
+    after = soup.used(names())[:, 0]
     torch.testing.assert_close(after[0], w[[0, 1, 3]].mean(0))
     torch.testing.assert_close(after[2], w[[2, 4]].mean(0))
 
@@ -266,9 +266,9 @@ def test_fesem_averages_all_while_it_warms_up() -> None:
     first = soup.setup.initial(0)
     delta = normal(12, K, len(first), dtype=F64)
     one_round(soup, delta)
-    torch.testing.assert_close(soup.message(names())[:, 0], (first - delta.mean(0)).repeat(K, 1))
+    torch.testing.assert_close(soup.used(names())[:, 0], (first - delta.mean(0)).repeat(K, 1))
     one_round(soup, delta)
-    assert len(soup.message(names())[:, 0].unique(dim=0)) == 2
+    assert len(soup.used(names())[:, 0].unique(dim=0)) == 2
 
 
 def fesem_after(centres: list[list[float]], ends: list[list[float]]) -> np.ndarray[Any, Any]:
@@ -282,8 +282,8 @@ def fesem_after(centres: list[list[float]], ends: list[list[float]]) -> np.ndarr
         return functional.pad(torch.tensor(points, dtype=F64), (0, soup.setup.layout.size - p))
 
     for points in ([centres[0], centres[0], centres[1], centres[1]], ends):
-        one_round(soup, soup.message(names(4))[:, 0] - rows(points), names(4))
-    return soup.message(names(4))[:, 0, :p].numpy()
+        one_round(soup, soup.used(names(4))[:, 0] - rows(points), names(4))
+    return soup.used(names(4))[:, 0, :p].numpy()
 
 
 def test_fesem_compares_squares_of_distances() -> None:
@@ -320,26 +320,26 @@ def test_cfl_parts_clients_whose_updates_conflict() -> None:
     mean = (n / n.sum()) @ delta
     soup.join([*names(), "late"])
     one_round(soup, delta)  # warm: FedAvg
-    torch.testing.assert_close(soup.message(names())[:, 0], (first - mean).repeat(K, 1))
+    torch.testing.assert_close(soup.used(names())[:, 0], (first - mean).repeat(K, 1))
     one_round(soup, delta)
-    got = soup.message(names())[:, 0]
+    got = soup.used(names())[:, 0]
     for group in ([0, 2], [1, 3, 4]):
         wanted = first - mean - (n[group] / n[group].sum()) @ delta[group]
         torch.testing.assert_close(got[group], wanted.repeat(len(group), 1))
     # One that was absent is sent the last common model, and shows by its update where it belongs.
-    torch.testing.assert_close(soup.message(["late"])[0, 0], first - mean)
+    torch.testing.assert_close(soup.used(["late"])[0, 0], first - mean)
     one_round(soup, -0.7 * base[None], ["late"])
-    torch.testing.assert_close(soup.message(["late", "c1"])[:, 0], got[[1, 1]])
+    torch.testing.assert_close(soup.used(["late", "c1"])[:, 0], got[[1, 1]])
 
 
 @pytest.mark.parametrize("options", [{"eps1": 0.01}, {"eps2": 5.0}, {"warm": 9}])
 def test_cfl_parts_nobody_unless_its_criteria_hold(options: dict[str, float]) -> None:
     soup = soup_of(CFL(**{"eps1": 0.9, "eps2": 0.0, "warm": 0, **options}))  # type: ignore[arg-type]
     one_round(soup, normal(15, K, soup.setup.layout.size, dtype=F64))
-    assert len(soup.message(names())[:, 0].unique(dim=0)) == 1
+    assert len(soup.used(names())[:, 0].unique(dim=0)) == 1
     soup = soup_of(CFL(eps1=0.9, eps2=0.0, warm=0))
     one_round(soup, normal(15, K, soup.setup.layout.size, dtype=F64))
-    assert len(soup.message(names())[:, 0].unique(dim=0)) == 2
+    assert len(soup.used(names())[:, 0].unique(dim=0)) == 2
 
 
 def cfl_parts(soup: Soup, delta: Tensor, n: Sequence[int] | None = None) -> list[list[int]]:
@@ -348,7 +348,7 @@ def cfl_parts(soup: Soup, delta: Tensor, n: Sequence[int] | None = None) -> list
     n = n or [10] * len(delta)
     assert soup.fold(make_updates(sent, delta, n_examples=torch.tensor(n))) == []
     soup.commit()
-    label = soup.message(names(len(delta)))[:, 0].unique(dim=0, return_inverse=True)[1].tolist()
+    label = soup.used(names(len(delta)))[:, 0].unique(dim=0, return_inverse=True)[1].tolist()
     return sorted([i for i, x in enumerate(label) if x == y] for y in set(label))
 
 
@@ -411,7 +411,7 @@ def test_every_component_is_averaged_by_examples(method: Any) -> None:
     n = torch.arange(10, 10 + K).double()
     for j in range(3):
         wanted = start[j] - (n / n.sum()) @ delta[:, j]
-        torch.testing.assert_close(soup.message(["c0"])[0, j], wanted)
+        torch.testing.assert_close(soup.used(["c0"])[0, j], wanted)
 
 
 def test_fedem_trains_every_model_by_its_responsibilities() -> None:
@@ -545,7 +545,7 @@ def test_more_models_than_clients_are_refused_and_defaults_fit() -> None:
     alone = soup_of(FedFomo().resolve(1))
     whole = normal(24, 1, alone.setup.layout.size, dtype=F64)
     one_round(alone, whole, gain=torch.zeros(1, 0, dtype=F64))
-    assert alone.message(["c0"]).shape == (1, 0, alone.setup.layout.size)
+    assert alone.used(["c0"]).shape == (1, 0, alone.setup.layout.size)
 
 
 def test_updates_of_another_shape_are_refused() -> None:

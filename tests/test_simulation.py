@@ -93,7 +93,7 @@ def test_metrics_are_those_of_the_models_they_name() -> None:
     simulation = run("fedavg", rounds=2)
     last = simulation.history[-1]
     ids = [client.id for client in simulation.clients]
-    rows = simulation.soup.message(ids)[:, 0]
+    rows = simulation.soup.used(ids)[:, 0]
     for split in ("train", "validation", "test"):
         found = measure(simulation, rows, split)
         summary = last.metrics["merged"][split]
@@ -117,7 +117,7 @@ def test_the_gap_is_what_merging_costs_the_participants() -> None:
     simulation = simulate("fedavg", rounds=3, participation=0.5)
     ids = [client.id for client in simulation.clients]
     for log in simulation.rounds():
-        received = simulation.soup.message(ids)[:, 0]  # after the round: of the next one
+        received = simulation.soup.used(ids)[:, 0]  # after the round: of the next one
         here = simulation.draws.cohort(log.round)
         assert 0 < len(here) < len(ids)
         for split, gap in (("train", log.gap_train), ("test", log.gap_test)):

@@ -250,8 +250,10 @@ def test_sending_changes_nothing() -> None:
     before = soup_tensors(soup)
     first, second = soup.send(("a", "b")), soup.send(("b", "a"))
     assert torch.equal(first.message, second.message.flip(0))
-    assert first.tickets == second.tickets[::-1]
-    assert torch.equal(soup.message(("b",)), second.message[:1])
+    assert first.tickets == second.tickets[::-1] == soup.tickets(("a", "b"))
+    used = soup.used(("a", "b"))
+    assert torch.equal(used, soup.used(("b", "a")).flip(0))
+    assert not torch.equal(used, first.message)  # others came in the last round
     assert equal(soup_tensors(soup), before)
 
 
@@ -260,7 +262,7 @@ def test_a_message_may_be_written_to_the_memory_of_an_earlier_one(method: Any) -
     soup = make_soup(method)
     play(soup, COHORTS)
     wanted = soup.send(("d", "a"))
-    earlier = torch.full_like(soup.message(("a", "b", "c")), 9.0)
+    earlier = torch.full_like(soup.used(("a", "b", "c")), 9.0)
     sent = soup.send(("d", "a"), out=earlier)
     assert torch.equal(sent.message, wanted.message)
     assert sent.tickets == wanted.tickets
@@ -458,7 +460,7 @@ def test_what_depends_on_the_number_of_clients_has_a_value_without_it() -> None:
 def test_half_precision_rows_are_folded() -> None:
     soup = Soup(FedMerge(d=3), net(dtype=torch.float16))
     play(soup, COHORTS)
-    message: Tensor = soup.message(("a",))
+    message: Tensor = soup.used(("a",))
     assert message.dtype == torch.float16
     assert bool(message.isfinite().all())
 

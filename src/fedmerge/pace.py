@@ -2,11 +2,14 @@
 
 Less than the mean is for rounds whose clients use a model less than all do. More than the mean is
 for models that are behind: clients train them to more right answers on data that they have not
-trained on, or models go the same way round after round. As in `merging`, which says what the
-letters mean, rows are those of the clients of a round.
+trained on, or models go the same way round after round. And where a round has few of a model's
+clients, clients use a mean of the model over rounds. As in `merging`, which says what the letters
+mean, rows are those of the clients of a round.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +74,34 @@ def ahead(further: Tensor, step: Tensor, heading: Tensor) -> Tensor:
     lengths = step.square().sum((0, 2)) * heading.square().sum((0, 2))
     cosine = (step * heading).sum((0, 2)) / lengths.sqrt().clamp_min(1e-300)
     return (further + cosine - AGREES).clamp(0, AHEAD)
+
+
+def averaged(
+    means: Tensor, models: Tensor, cohort: Tensor, others: Tensor, spans: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Return the running means of the models after a round: (d, P), or (0, P) for the models alone.
+
+    A round moves a model for those of its clients that are in it, the next one for others. So what
+    clients use is the mean of where it has been of late (Polyak and Juditsky, 1992), over the more
+    rounds the fewer of its clients are in one: it follows the model by the root of their share.
+    With all of them in the round it is the model. So are its buffers.
+
+    Args:
+        means: (d, P) before the round; (0, P) if they were the models. models: (d, P), after it.
+        cohort: (k, b, d) merging weights of the round's clients. others: (n, b, d) of the rest.
+        spans: (start, stop) of the parameters of each block.
+    """
+    there = cohort.sum(0)
+    every = there + others.sum(0)
+    share = torch.where(every > 0, there / every, 1.0)
+    if bool((share >= 1).all()):
+        return models[:0]
+    made = models.clone()
+    for (start, stop), way in zip(spans, share.sqrt().to(models.dtype), strict=True):
+        torch.lerp(
+            means[:, start:stop], models[:, start:stop], way[:, None], out=made[:, start:stop]
+        )
+    return made
 
 
 def _parts(share: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ class Soup:
         layout = Layout.of(first, blocks)
         self.setup = Setup(layout, lambda j: layout.row(build(model, seed, j)), seed, n_inputs)
         self.storage = Storage(storage, None if models_in is None else Path(models_in))
+        self.algorithm = self.storage.adapted(self.algorithm)
         guarded = bool(self.safety.trim) or self.safety.privacy is not None
         self.storage.check(self.algorithm, layout, guarded=guarded)
         self.shared: Tensors = self.algorithm.shared(self.setup)
@@ -216,23 +217,23 @@ class Soup:
                 that nobody needs any more. Fresh memory takes as long as merging does.
         """
         self.join(clients)
-        rows = self._roster.rows(clients, self.algorithm.sends_by)
-        message = self._message(rows, len(clients), out)
-        self._name(clients, rows)
-        tickets = tuple(Ticket(c, self.version, self._digests[c]) for c in clients)
-        return Sent(tickets, message)
-
-    def message(self, clients: Sequence[str]) -> Tensor:
-        """(k, r, P): the models that `clients` would be sent now, without tickets."""
-        rows = self._roster.rows(clients, self.algorithm.sends_by)
-        return self._message(rows, len(clients), None)
-
-    def _message(self, rows: Tensors, k: int, out: Tensor | None) -> Tensor:
+        rows, k = self._roster.rows(clients, self.algorithm.sends_by), len(clients)
         if out is not None and len(out) >= k:
             message = self.algorithm.send_into(self.setup, self.shared, rows, out[:k])
         else:
             message = self.algorithm.send(self.setup, self.shared, rows, k)
         # The dtype of the module, whatever the models are kept in.
+        return Sent(self.tickets(clients, rows), message.to(self.setup.layout.dtype))
+
+    def tickets(self, clients: Sequence[str], rows: Tensors | None = None) -> tuple[Ticket, ...]:
+        """Those that `send` would give the clients now. rows: theirs, if known."""
+        self._name(clients, rows)
+        return tuple(Ticket(c, self.version, self._digests[c]) for c in clients)
+
+    def used(self, clients: Sequence[str]) -> Tensor:
+        """(k, r, P): what `clients` would be given now to be used; not always what they train."""
+        rows = self._roster.rows(clients, self.algorithm.sends_by)
+        message = self.algorithm.used(self.setup, self.shared, rows, len(clients))
         return message.to(self.setup.layout.dtype)
 
     def fold(self, updates: Updates) -> list[Refusal]:

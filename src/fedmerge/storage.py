@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,12 @@ class Storage:
     def idle(self) -> bool:
         """Whether models are as the method makes them."""
         return self.kept == "model" and self.folder is None
+
+    def adapted(self, algorithm: Algorithm) -> Algorithm:
+        """The method as it is run: models that are kept like this have no means beside them."""
+        if not self.idle and isinstance(algorithm, FedMerge):
+            return replace(algorithm, average=False)
+        return algorithm
 
     def check(self, algorithm: Algorithm, layout: Layout, *, guarded: bool) -> None:
         """Raise ConfigError for what cannot be kept like this."""

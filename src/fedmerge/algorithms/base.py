@@ -121,7 +121,7 @@ class Cost:
     Attributes:
         down, up: received and sent by a client in a round.
         client: kept by each client from round to round.
-        server: kept by the server, whatever the number of clients; of a method that grows, at most.
+        server: kept by the server, whatever the number of clients; at most, where that changes.
         server_per_client: kept by the server for each client.
         passes: local training in a round, in passes of FedAvg's (gradients computed for each
             example). Fine-tuning before a model is used is not in it, nor are models only judged.
@@ -241,6 +241,14 @@ class Algorithm:
     def send_into(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor) -> Tensor:
         """As `send`, for len(out) clients; may write to `out`, and return a view of it."""
         return self.send(setup, shared, rows, len(out))
+
+    def used(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
+        """As `send`, but to be used by the clients, not to be trained and sent back."""
+        return self.send(setup, shared, rows, k)
+
+    def mixed(self, shared: Tensors) -> Tensor | None:
+        """(d, P): the models that `used` mixes by `weights`, in methods that do."""
+        return shared.get("models")
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         """What the clients do with their message (k, r, P)."""

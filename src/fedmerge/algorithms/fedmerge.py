@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..kinds import SETTLING, homes, settled
 from ..merging import FLOOR, block_scores, eg_row_step, merge_rows, merging_weights
 from ..own import NEW, help_of, recent, share_of, towards_own
-from ..pace import HELPS, ahead, bounded, mean_steps, model_pace
+from ..pace import HELPS, ahead, averaged, bounded, mean_steps, model_pace
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
@@ -46,6 +46,8 @@ HEADING = "heading"
 """Which way each model goes, there: (b, d, sketch), the `own.recent` of its steps."""
 AHEAD = "ahead"
 """By how much further it goes for that, there: (d,) float64, `pace.ahead`."""
+MEANS = "means"
+"""The models that clients use, there: `pace.averaged`."""
 PEAK = "peak"
 """Most that the updates of like clients have had in common in a round, there: () float64, infinite
 once that has faded."""
@@ -71,6 +73,8 @@ class FedMerge(Algorithm):
             0 for never.
         extrapolate: most times the mean of its clients' updates that a model goes, as far as
             training helps them or its rounds agree; 1 for never further than the mean.
+        average: whether clients use a mean of each model over rounds where a round has few of its
+            clients; trained is the model itself.
         finetune: epochs of local training before the model is used, by clients whose validation
             loss they lower by a tenth or more, and up to four times as many while it falls; 0 for
             none. They change what is evaluated as `merged`, never what is sent back.
@@ -89,6 +93,7 @@ class FedMerge(Algorithm):
     pull: float = 20.0
     settle: float = 0.5
     extrapolate: float = 3.0
+    average: bool = True
     finetune: int = 0
 
     def __post_init__(self) -> None:
@@ -124,6 +129,10 @@ class FedMerge(Algorithm):
         # One model is that of FedAvg, to the bit.
         return self.d != 1 and self.peers > 0 and self.extrapolate > 1
 
+    @property
+    def _averages(self) -> bool:
+        return self.d != 1 and self.peers > 0 and self.average
+
     def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         d = self.d or 12
         b = len(setup.layout.blocks)
@@ -135,7 +144,9 @@ class FedMerge(Algorithm):
         said = 8 * self._asks
         row = setup.layout.n_bytes
         return Cost(
-            up=1 + said / row, server=d + known / row, server_per_client=(client + said) / row
+            up=1 + said / row,
+            server=d * (1 + self._averages) + known / row,
+            server_per_client=(client + said) / row,
         )
 
     def shared(self, setup: Setup) -> Tensors:
@@ -156,6 +167,8 @@ class FedMerge(Algorithm):
         made |= {SETTLED: _number(0.0), PEAK: _number(0.0)}
         if self._asks:
             made[HELPED] = _number(0.0)
+        if self._averages:
+            made[MEANS] = models[:0]
         if self._extrapolates:
             made[HEADING] = torch.zeros(b, d, self.sketch)
             made[AHEAD] = torch.zeros(d, dtype=torch.float64)
@@ -188,6 +201,13 @@ class FedMerge(Algorithm):
     def send_into(self, setup: Setup, shared: Tensors, rows: Tensors, out: Tensor) -> Tensor:
         weights = self.weights(setup, rows)
         return merge_rows(shared["models"], weights, setup.layout, out[:, 0])[:, None]
+
+    def used(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
+        return merge_rows(self.mixed(shared), self.weights(setup, rows), setup.layout)[:, None]
+
+    def mixed(self, shared: Tensors) -> Tensor:
+        means = shared.get(MEANS, shared["models"])
+        return means if len(means) else shared["models"]
 
     def local(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Local:
         start = message[:, 0]
@@ -324,6 +344,9 @@ class FedMerge(Algorithm):
             own = fold.gathered("own").addcmul_(taken[..., None], gained)
             rows["own"], rows["unit"] = in_units(own)
         made["models"] = fold.sum.step(shared["models"])
+        if self._averages:
+            means = self.mixed(shared)
+            made[MEANS] = averaged(means, made["models"], *weights, setup.layout.spans)
         if self.peers:
             rows["place"] = fold.gathered("place")
             rows["past"], rows["past_unit"] = in_units(fold.gathered("past"), torch.int8)

@@ -94,13 +94,13 @@ def _write_status(server: Server, facts: dict[str, Any]) -> None:
 
 
 def export_models(server: Server) -> None:
-    """Write each client's model, as it would be sent now, to `models/NAME.safetensors`."""
+    """Write each client's model, as it would use it now, to `models/NAME.safetensors`."""
     from safetensors.torch import save
 
     soup = server.soup
     layout = soup.setup.layout
     for client in soup.clients:
-        message = soup.message([client])[0]
+        message = soup.used([client])[0]
         if len(message) != 1:
             return  # which of several models a client uses is decided at the client
         member = server.progress.members.get(client, kept.Member())

@@ -252,20 +252,20 @@ class Server:
         node = self.roster.online.get(client)
         if node is None:
             return
-        sent = self.soup.send([client])
+        ticket = self.soup.tickets([client])[0]
         order = wire.Order(
-            sent.tickets[0],
+            ticket,
             number,
             self.settings.seed,
             self._method(),
             self.soup.setup.layout.fingerprint,
-            cut(sent.message[0], self._parts),
+            cut(self.soup.used([client])[0], self._parts),
             self.settings.blocks,
             train=False,
             federation=self.progress.federation,
         )
         records = wire.write_order(order)
-        self._post.send(records, "evaluate", client, node, number, sent.tickets[0])
+        self._post.send(records, "evaluate", client, node, number, ticket)
 
     # -- who is there ------------------------------------------------------------------------------
 

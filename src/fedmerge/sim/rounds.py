@@ -341,8 +341,8 @@ class Simulation:
         return Task(places, number, message, memory)
 
     def _unsent(self, places: list[int], number: int) -> Task:
-        """The task of clients that would be sent their models now."""
-        message = self.soup.message([self._population.ids[i] for i in places])
+        """The task of clients that are given what they would use now."""
+        message = self.soup.used([self._population.ids[i] for i in places])
         return self._task(places, number, message)
 
     def personal(self, ids: Sequence[str]) -> Tensor | Mixture:
@@ -389,7 +389,7 @@ class Simulation:
             return self._side.trainer(places, len(self.history)).loss(rows, "validation")
 
         return importance(
-            self.soup.shared.get("models"),
+            self.algorithm.mixed(self.soup.shared),
             self.soup.weights(self._population.ids),
             self.soup.setup.layout,
             self._population.groups(range(len(self.clients)), self._side.group),

@@ -174,7 +174,7 @@ class Shards:
             return Task([own[order.places[i]] for i in chosen], todo.number, message, memory)
 
         if todo.measured is None:
-            found = side.evaluate(task(group, soup.message(names)))
+            found = side.evaluate(task(group, soup.used(names)))
             harvest.found.append(([order.places[i] for i in group], found))
             return
         sent = soup.send(names)
