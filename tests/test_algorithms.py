@@ -469,15 +469,23 @@ def test_more_models_than_clients_are_refused_by_a_simulation() -> None:
         simulate("fedmerge:d=7", make_clients(6), training=TRAINING)
 
 
-@pytest.mark.parametrize("name", ["WarmIFCA", "FeSEM", "CFL", "PPFL", "FedAvg"])
-def test_the_example_gives_others_the_same_last_step(
+FINE_TUNED = ["WarmIFCA", "FeSEM", "CFL", "PPFL", "FedAvg"]
+AVERAGED = ["FedAvg", "FedAvgFT", "WarmIFCA", "CFL", "PPFL"]
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"fine_tuned.{n}" for n in FINE_TUNED), *(f"averaged.{n}" for n in AVERAGED)]
+)
+def test_the_examples_give_others_what_fedmerge_does_after_training(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
-    method = make_method(f"fine_tuned.{name}")
+    method = make_method(name)
+    name = name.partition(".")[2]
     kind = getattr(algorithms, {"WarmIFCA": "IFCA"}.get(name, name))
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    ours, theirs = run(method, rounds=7), run(kind(**options), rounds=7)
+    some: dict[str, Any] = {"rounds": 8, "participation": 0.5}
+    ours, theirs = run(method, **some), run(kind(**options), **some)
     for key, value in theirs.soup.shared.items():
         assert torch.equal(ours.soup.shared[key], value)  # the same training
     ids = [client.id for client in ours.clients]
