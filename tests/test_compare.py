@@ -319,7 +319,8 @@ def test_results_are_complete_and_in_the_order_asked_for(tmp_path: Path) -> None
         assert shown[method][-7] == f"{rank:.1f}"
     # down, up, client, server, per client, passes
     assert shown["fedavg"][-6:] == ["1", "1", "0", "1", "0", "1"]
-    # Beside 2 models and their means, what is kept of 4 peers: sketches of 2 blocks, and 2 rows for each of these.
+    # Beside 2 models and their means, what is kept of 4 peers: sketches of 2 blocks, and 2 rows for
+    # each of these.
     peers = 4 * 2 * (2 * 4 * 256 + 2 * 8 * 2 + 8) / (4 * 310)
     heading = 2 * (2 * 4 * 256 + 8) / (4 * 310)
     assert shown["fedmerge:d=2"][-6:-2] == ["1", "1", "0", f"{4 + peers + heading:.2g}"]
