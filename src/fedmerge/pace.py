@@ -96,11 +96,12 @@ def averaged(
     share = torch.where(every > 0, there / every, 1.0)
     if bool((share >= 1).all()):
         return models[:0]
-    made = models.clone()
-    for (start, stop), way in zip(spans, share.sqrt().to(models.dtype), strict=True):
-        torch.lerp(
-            means[:, start:stop], models[:, start:stop], way[:, None], out=made[:, start:stop]
-        )
+    made = torch.empty_like(models)
+    for (start, stop), way in zip(spans, share.sqrt().to(models.dtype)[..., None], strict=True):
+        before, after = means[:, start:stop], models[:, start:stop]
+        torch.lerp(before, after, way, out=made[:, start:stop])
+    buffers = max(stop for _, stop in spans)
+    made[:, buffers:] = models[:, buffers:]
     return made
 
 
