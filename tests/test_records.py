@@ -207,12 +207,20 @@ def mixed_by_hand(models: Tensor, weights: Tensor, layout: Layout) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["fedmerge:d=3", "fedmerge:rule=paper:d=3"])
-@pytest.mark.parametrize("execution", ["stacked", "sequential"])
-def test_the_importance_of_a_model_is_what_its_loss_costs(method: str, execution: str) -> None:
+@pytest.mark.parametrize(
+    ("execution", "participation"), [("stacked", 1.0), ("sequential", 1.0), ("stacked", 0.5)]
+)
+def test_the_importance_of_a_model_is_what_its_loss_costs(
+    method: str, execution: str, participation: float
+) -> None:
     training = replace(TRAINING, lr=0.5)
-    simulation = run(method, rounds=10, training=training, execution=execution)
+    simulation = run(
+        method, rounds=10, training=training, execution=execution, participation=participation
+    )
     found = simulation.result()["importance"]
-    layout, models = simulation.soup.setup.layout, simulation.soup.shared["models"]
+    layout, shared = simulation.soup.setup.layout, simulation.soup.shared
+    apart = participation < 1 and "paper" not in method
+    models = shared["means" if apart else "models"]  # those that clients use
     weights = simulation.soup.weights([c.id for c in simulation.clients])
     assert weights is not None
     module = net()()
