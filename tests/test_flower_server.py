@@ -646,3 +646,26 @@ def test_with_privacy_clients_do_not_say_what_their_training_did(tmp_path: Path)
     server = Server(grid_of([]), settings(tmp_path, **options), network)
     assert server._method() == "fedmerge:peers=0:d=4:leave_one_out=false"
     assert not any("help" in name for name in server.soup.shared)
+
+
+def test_while_a_client_is_away_others_train_one_model_and_use_another(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    grid = grid_of(make_clients(4))
+    grid.nodes[103].change = Liar("silent")  # after its first answer
+    server = serve(tmp_path, grid)
+    asked = {
+        order.ticket.client: order.message
+        for message in grid.pushed
+        if message.metadata.message_type == "evaluate"
+        for order in [wire.read_order(message.content)]
+        if order.ticket is not None
+    }
+    clients = ("c0", "c1", "c2")
+    assert set(clients) <= set(asked)
+    used = server.soup.used(clients)
+    assert torch.equal(torch.stack([asked[c] for c in clients]), used)
+    assert not torch.equal(used, server.soup.send(clients).message)
+    module = network()
+    module.load_state_dict(load_file(tmp_path / "models" / "c1.safetensors"))
+    assert server.soup.setup.layout.row(module).equal(used[1, 0])
