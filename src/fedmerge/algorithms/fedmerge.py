@@ -5,7 +5,8 @@ client's own past contributions taken out of the models, and with the steps of c
 resemble theirs; where kinds of clients are plain, or go on learning the same, the rows of a kind
 settle on models of its own. Where only some clients take part in a round, rows that start late
 catch up at once, and a model goes as far as the round's clients use it. Where there is a model for
-every client, those whom training helps on their validation data get one of their own.
+every client, those whom training helps on their validation data get one of their own. What clients
+use is merged from means of the models over rounds, where a round has few of a model's clients.
 The setting is that of Chen, Zhou, Long, Jiang and Zhang, "FedMerge", AAAI 2026; the published rule
 is in `fedmerge_paper`.
 """
