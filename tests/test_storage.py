@@ -186,6 +186,10 @@ def test_models_move_between_memory_and_files(tmp_path: Path) -> None:
     plain.save(tmp_path / "state")
     soup = mapped(tmp_path)
     assert equal(rows_and_models(soup), rows_and_models(plain))
+    # Beside models in files no means are kept.
+    sent = plain.send(("a", "b")).message
+    assert not torch.equal(plain.used(("a", "b")), sent)
+    assert torch.equal(soup.used(("a", "b")), sent)
     soup.save(tmp_path / "state")
     with pytest.raises(StateError, match=r"has its models in a file, models-3-.*: pass models_in"):
         Soup.open(tmp_path / "state", METHOD, net())

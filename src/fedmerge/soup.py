@@ -110,6 +110,7 @@ class Soup:
         layout = Layout.of(first, blocks)
         self.setup = Setup(layout, lambda j: layout.row(build(model, seed, j)), seed, n_inputs)
         self.storage = Storage(storage, None if models_in is None else Path(models_in))
+        self._method = {"name": self.algorithm.name, **dataclasses.asdict(self.algorithm)}
         self.algorithm = self.storage.adapted(self.algorithm)
         guarded = bool(self.safety.trim) or self.safety.privacy is not None
         self.storage.check(self.algorithm, layout, guarded=guarded)
@@ -418,7 +419,7 @@ class Soup:
                     "use another folder, or the settings it was made with"
                 )
         tables = {n: t.clone() for n, t in _part(tensors, "rows.").items()}
-        shared = _part(tensors, "shared.")
+        shared = self.storage.moved(_part(tensors, "shared."))
         if facts["clients"]:
             _check_names(where, "for a client", tables, self._roster.tables)
         _check_names(where, "in all", {*shared, *facts["files"]}, self.shared)
@@ -447,9 +448,8 @@ class Soup:
         self.restore(tensors, facts, str(folder))
 
     def _identity(self) -> dict[str, Any]:
-        options = dataclasses.asdict(self.algorithm)
         return {
-            "method": {"name": self.algorithm.name, **options},
+            "method": self._method,
             "model": self.setup.layout.fingerprint,
             "seed": self.setup.seed,
             "storage": self.storage.kept,

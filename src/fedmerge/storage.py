@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import Algorithm, FedAvg, FedMerge
+from .algorithms.fedmerge import MEANS
 from .errors import ConfigError, StateError
 from .params import Layout
 from .rng import derive
@@ -61,6 +62,10 @@ class Storage:
         if not self.idle and isinstance(algorithm, FedMerge):
             return replace(algorithm, average=False)
         return algorithm
+
+    def moved(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the shared state of a server that keeps its models in memory, what goes with this."""
+        return {n: table for n, table in shared.items() if self.idle or n != MEANS}
 
     def check(self, algorithm: Algorithm, layout: Layout, *, guarded: bool) -> None:
         """Raise ConfigError for what cannot be kept like this."""
