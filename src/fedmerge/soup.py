@@ -422,10 +422,10 @@ class Soup:
         shared = self.storage.moved(_part(tensors, "shared."))
         if facts["clients"]:
             _check_names(where, "for a client", tables, self._roster.tables)
-        _check_names(where, "in all", {*shared, *facts["files"]}, self.shared)
         if "models" in facts["files"]:
             shared["models"] = self.storage.open(facts["files"]["models"], where)
-        elif self.storage.folder is not None:
+        _check_names(where, "in all", shared, self.shared)
+        if "models" not in facts["files"] and self.storage.folder is not None:
             shared["models"] = self.storage.keep(shared["models"], int(facts["version"]))
         self.version = int(facts["version"])
         self.refused = Counter(facts["refused"])
