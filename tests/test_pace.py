@@ -149,7 +149,7 @@ def test_what_is_used_follows_a_model_by_the_root_of_its_clients_in_the_round() 
 
 def test_what_is_used_is_the_model_in_a_round_of_all_its_clients() -> None:
     def after(cohorts: list[tuple[str, ...]], **options: Any) -> Soup:
-        soup = Soup(FedMerge(d=2, **options), net(), seed=3)
+        soup = Soup(FedMerge(**{"d": 2, **options}), net(), seed=3)
         for t, cohort in enumerate(cohorts):
             sent = soup.send(cohort)
             soup.fold(make_updates(sent, made_delta(soup, len(cohort), t)))
@@ -169,3 +169,4 @@ def test_what_is_used_is_the_model_in_a_round_of_all_its_clients() -> None:
     assert torch.equal(plain.shared["models"], apart.shared["models"])
     assert not differs(after([every, one, every]))
     assert not differs(after([every, one], peers=0))
+    assert not differs(after([every, one], d=1))  # which is FedAvg
