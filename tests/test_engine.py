@@ -154,6 +154,65 @@ def test_dropout_in_steps_draws_anew_and_the_same_every_time(execution: str) -> 
     assert not torch.equal(first[0], first[1])
 
 
+@both
+@pytest.mark.parametrize("models", [0, 2])
+@pytest.mark.parametrize("weighed", ["not", "by numbers", "by losses"])
+def test_a_descent_is_the_step_down_the_gradient(execution: str, models: int, weighed: str) -> None:
+    engine, layout, rows = setting(net(dtype=torch.float64), BASE, execution)
+    data, rates = examples(), torch.tensor([[0.1], [0.2], [0.3], [0.4]], dtype=torch.float64)
+    if models:
+        rows = torch.stack([rows, rows.roll(1, 0)], dim=1)
+    for number, step in enumerate(engine.steps(data, KEYS, seed=3, epochs=1)):
+        losses = step.losses(rows)
+        weight = {
+            "not": None,
+            "by numbers": normal(number, *losses.shape, dtype=torch.float64),
+            "by losses": losses.exp(),
+        }[weighed]
+        lr = 0.1 if number % 2 else rates
+        wide = lr.view(4, *[1] * (rows.ndim - 1)) if isinstance(lr, Tensor) else lr
+        wanted = rows.clone()
+        wanted[..., : layout.n_params] -= wide * step.gradient(rows, weight)
+        step.descend(rows, lr, torch.exp if weighed == "by losses" else weight)
+        torch.testing.assert_close(rows, wanted)
+        assert torch.equal(rows[~step.active], wanted[~step.active])
+    assert number > 1
+
+
+@both
+def test_a_descent_weighs_by_losses_without_dropout(execution: str) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(N_FEATURES, 8), nn.Dropout(0.5), nn.Linear(8, N_CLASSES))
+
+    engine, layout, rows = setting(model, BASE, execution)
+    data = examples(dtype=torch.float32)
+
+    def weigh(losses: Tensor) -> Tensor:
+        seen.append(losses)
+        return losses.exp()
+
+    seen: list[Tensor] = []
+    # Two iterators draw the same masks: one for the gradient, one for the descent.
+    pairs = zip(*(engine.steps(data, KEYS, seed=3, epochs=1) for _ in range(2)), strict=True)
+    for one, other in pairs:
+        losses = one.losses(rows)
+        wanted = rows.clone()
+        wanted[:, : layout.n_params] -= 0.1 * one.gradient(rows, losses.exp())
+        other.descend(rows, 0.1, weigh)
+        torch.testing.assert_close(seen.pop(), losses)
+        torch.testing.assert_close(rows, wanted)
+
+
+def test_a_stack_that_trains_a_part_computes_no_gradient_for_the_rest() -> None:
+    engine, layout, _rows = setting(net(dtype=torch.float64), BASE, "stacked")
+    assert engine.net is not None
+    whole = engine.net.training(slice(0, layout.n_params))
+    last = engine.net.training(slice(*layout.last_layer))
+    assert whole == engine.net
+    assert any(node.needed for node in whole.nodes)
+    assert not any(node.needed for node in last.nodes)
+
+
 # -- mixtures -------------------------------------------------------------------------------------
 
 

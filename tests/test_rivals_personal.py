@@ -91,6 +91,10 @@ class AllData:
     def gradient(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         return torch.stack([slope(row, i) for i, row in enumerate(rows)])
 
+    def descend(self, rows: Tensor, lr: float | Tensor, weight: object = None) -> None:
+        assert weight is None
+        rows -= lr * self.gradient(rows)
+
 
 @dataclass(frozen=True)
 class Clients:

@@ -23,6 +23,7 @@ from .local import (
     Schedule,
     Training,
     batches,
+    log_softmax,
     plan,
     sgd_step,
 )
@@ -140,21 +141,12 @@ class Engine:
         schedule = Schedule.of(examples.count, epochs, size, self.layout.dtype)
         index = plan(schedule, examples.start, keys, seed, epochs)
         share, real = schedule.share, schedule.share > 0
-        start = torch.from_numpy(examples.start)[:, None]
-        draws = [torch_generator(seed, *key, "layers") for key in keys]
+        drawing = self.net is None or self.net.draws
+        draws = [torch_generator(seed, *key, "layers") for key in keys if drawing]
         states = [d.get_state() for d in draws] if self.net is None else []
-        for t in range(index.shape[1]):
-            width = int(real[:, t].sum(1).max())
-            yield Step(
-                self,
-                examples,
-                index[:, t, :width],
-                (index[:, t, :width] - start).clamp_min(0),
-                share[:, t, :width],
-                real[:, t, :width],
-                draws,
-                states,
-            )
+        for t, width in enumerate(schedule.real.max(0, initial=0).tolist()):
+            here = (slice(None), t, slice(width))
+            yield Step(self, examples, index[here], share[here], real[here], draws, states)
 
     def losses(self, rows: Tensor, examples: Examples) -> Tensor:
         """(k, n) loss of each example of each client, without training; 0 beyond its last. For
@@ -239,24 +231,31 @@ class Engine:
         classes = self.training.loss != "mse"
         if isinstance(model, Mixture):
             shares = model.log_shares(x)
-            outputs = [self._outputs(rows, x) for rows in model.rows.unbind(1)]
+            outputs = [self.answers(self._outputs(rows, x)) for rows in model.rows.unbind(1)]
             stacked = torch.stack(outputs, dim=2)  # (k, B, r, outputs)
             if classes:
-                mixed = torch.log_softmax(stacked, -1) + shares[..., None]
-                output = mixed.logsumexp(2)
+                output = (stacked + shares[..., None]).logsumexp(2)
             else:
                 output = (stacked * shares.exp()[..., None]).sum(2)
         else:
-            output = self._outputs(model, x)
-            if classes:
-                output = torch.log_softmax(output, -1)
+            output = self.answers(self._outputs(model, x))
+        each = self.judged(output, y)
         if not classes:
-            _check_targets(output, y)
-            each = (output - y).square().mean(-1)
             return each, torch.zeros_like(each), None
-        each = -output.gather(2, y[..., None])[..., 0]
         margin = output[..., 1] - output[..., 0] if output.shape[-1] == 2 else None
         return each, (output.argmax(-1) == y).to(each.dtype), margin
+
+    def answers(self, output: Tensor) -> Tensor:
+        """What outputs (k, B, outputs) say: the logarithms of the classes' probabilities, if there
+        are classes."""
+        return output if self.training.loss == "mse" else log_softmax(output)
+
+    def judged(self, answers: Tensor, y: Tensor) -> Tensor:
+        """(k, B) loss of each example."""
+        if self.training.loss == "mse":
+            _check_targets(answers, y)
+            return (answers - y).square().mean(-1)
+        return -answers.gather(2, y[..., None])[..., 0]
 
     def _outputs(self, rows: Tensor, x: Tensor) -> Tensor:
         """(k, B, outputs), in evaluation mode; one client at a time where they are not stacked."""
@@ -405,12 +404,12 @@ class Engine:
         pull = None if proximal is None else (proximal.anchor[at, part], proximal.mu)
         training = self.training
         plain = not (training.weight_decay or training.clip or training.momentum) and pull is None
-        plain = plain and part == slice(0, n)
         gradient = torch.empty(len(rows), 0 if plain else n, dtype=rows.dtype)
         momentum = torch.zeros_like(gradient[:, part]) if training.momentum else None
         schedule = Schedule.of(examples.count[order], epochs, training.batch_size, rows.dtype)
         names = [keys[i] for i in order]
         index = plan(schedule, examples.start[order], names, seed, epochs)
+        net = net.training(part)
         draws = [torch_generator(seed, *key, "layers") for key in names if net.draws]
         for t in range(index.shape[1]):
             for first, end, width in schedule.parts(t, SPLIT / self.layout.size):
@@ -422,7 +421,9 @@ class Engine:
                     batch,
                     *examples.at(index[own, t, :width]),
                     schedule.share[own, t, :width],
-                    Descent(work[own], training.lr) if plain else Gradient(gradient[own]),
+                    Descent(work[own], training.lr, part)
+                    if plain
+                    else Gradient(gradient[own], part),
                     training.loss,
                 )
                 if not plain:

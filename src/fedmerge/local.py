@@ -7,7 +7,7 @@ for one client or for many at once, is in `engine`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
@@ -22,6 +22,8 @@ from .rng import numpy_generators
 
 Index = npt.NDArray[np.int64]
 Loss = Literal["auto", "cross-entropy", "mse"]
+Weighing = Callable[[Tensor], Tensor]
+"""Makes the weights of examples of their losses; both (k, B), or (k, r, B)."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,15 @@ class Mixture:
             return self.weights.log()[:, None].expand(-1, inputs.shape[1], -1)
         flat = inputs.flatten(2)
         gate = self.gate if self.gate is not None else flat.new_zeros(())
-        return torch.log_softmax(
-            torch.baddbmm(gate[:, None, :, -1], flat, gate[:, :, :-1].transpose(1, 2)), dim=-1
+        return log_softmax(
+            torch.baddbmm(gate[:, None, :, -1], flat, gate[:, :, :-1].transpose(1, 2))
         )
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Log-softmax of x (k, B, n) over its last axis, which is short: over one that is not the last
+    it takes a fifth of the time."""
+    return torch.log_softmax(x.transpose(1, 2), dim=1).transpose(1, 2)
 
 
 def sgd_step(

@@ -33,15 +33,25 @@ class Batch:
 class Sink(Protocol):
     """Takes the gradient of the stack's parameters, one after the other."""
 
+    @property
+    def only(self) -> slice:
+        """The columns of the rows whose gradient is of use."""
+
     def put(self, part: slice, gradient: Tensor) -> None:
         """Take the gradient (k, ...) of the columns `part` of the rows."""
 
 
+def overlap(one: slice, other: slice) -> bool:
+    """Whether two parts of a row have a column in common."""
+    return bool(one.start < other.stop and other.start < one.stop)
+
+
 @dataclass(frozen=True)
 class Gradient:
-    """Keeps it, in out (k, P)."""
+    """Keeps it, in out (k, P); what is not wanted stays as it is there, or does not."""
 
     out: Tensor
+    only: slice
 
     def put(self, part: slice, gradient: Tensor) -> None:
         """See `Sink.put`."""
@@ -50,14 +60,28 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Descent:
-    """Steps down at once, for plain SGD: a gradient that is never put together costs less."""
+    """Steps down at once, for plain SGD: a gradient that is never put together costs less.
+
+    Attributes:
+        lr: for all, or (k, 1).
+    """
 
     rows: Tensor
-    lr: float
+    lr: float | Tensor
+    only: slice
 
     def put(self, part: slice, gradient: Tensor) -> None:
         """See `Sink.put`."""
-        self.rows[:, part].add_(gradient.flatten(1), alpha=-self.lr)
+        slope = gradient.flatten(1)
+        if not self.only.start <= part.start <= part.stop <= self.only.stop:
+            first, end = max(part.start, self.only.start), min(part.stop, self.only.stop)
+            slope = slope[:, first - part.start : end - part.start]
+            part = slice(first, end)
+        here = self.rows[:, part]
+        if isinstance(self.lr, Tensor):
+            here.addcmul_(slope, self.lr, value=-1)
+        else:
+            here.add_(slope, alpha=-self.lr)
 
 
 class Op(Protocol):
@@ -69,7 +93,8 @@ class Op(Protocol):
     def backward(
         self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
-        """Give the parameters' gradient to `sink`; return those of the inputs if needed.
+        """Give the parameters' gradient to `sink`, if it wants it; return those of the inputs if
+        needed.
 
         The sink may change the parameters: they are not read after that.
         """
@@ -105,8 +130,9 @@ class Dense:
         passed = None
         if needed:
             passed = torch.bmm(grad, self._weight(batch.rows)).view(*shape[:-1], self.n_in)
-        sink.put(self.weight, torch.bmm(grad.transpose(1, 2), kept))
-        if self.bias is not None:
+        if overlap(self.weight, sink.only):
+            sink.put(self.weight, torch.bmm(grad.transpose(1, 2), kept))
+        if self.bias is not None and overlap(self.bias, sink.only):
             sink.put(self.bias, grad.sum(1))
         return (passed,)
 
@@ -130,9 +156,10 @@ class Lookup:
     def backward(
         self, batch: Batch, kept: Any, grad: Tensor, sink: Sink, needed: bool
     ) -> Sequence[Tensor | None]:
-        _, place = self._place(batch.rows, kept)
-        found = grad.new_zeros(len(kept), self.n, self.width)
-        sink.put(self.weight, found.index_put_(place, grad, accumulate=True))
+        if overlap(self.weight, sink.only):
+            _, place = self._place(batch.rows, kept)
+            found = grad.new_zeros(len(kept), self.n, self.width)
+            sink.put(self.weight, found.index_put_(place, grad, accumulate=True))
         return (None,)
 
 
@@ -168,8 +195,9 @@ class Affine:
         before, after = self._around(grad.ndim)
         axes = [*range(1, 1 + before), *range(grad.ndim - after, grad.ndim)]
         passed = grad * self._spread(batch.rows, self.weight, grad.ndim) if needed else None
-        sink.put(self.weight, (grad * kept).sum(axes))
-        if self.bias is not None:
+        if overlap(self.weight, sink.only):
+            sink.put(self.weight, (grad * kept).sum(axes))
+        if self.bias is not None and overlap(self.bias, sink.only):
             sink.put(self.bias, grad.sum(axes))
         return (passed,)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from .ops import Affine, Batch, Dense, Drop, Free, Lookup, Op, Rectify, Sink
+from .ops import Affine, Batch, Dense, Drop, Free, Lookup, Op, Rectify, Sink, overlap
 from .params import Layout
 
 ELEMENTWISE_LAYERS = (
@@ -44,7 +44,7 @@ class Node:
 
     op: Op
     inputs: tuple[int, ...]
-    needed: bool  # whether a gradient of its inputs is of use to a layer before it
+    needed: bool = False  # whether a gradient of its inputs is of use to a layer before it
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,18 @@ class StackedNet:
             return f"{type(module).__name__}, which computes something else when it is trained,"
         return _Translation(module, layout).run(graphs[0])
 
+    def training(self, part: slice) -> StackedNet:
+        """The same network, which computes no gradient that only other parameters need."""
+        learned = [False]  # by value: does it depend on a parameter of that part?
+        nodes = []
+        for node in self.nodes:
+            needed = any(learned[i] for i in node.inputs)
+            own = (getattr(node.op, name, None) for name in ("weight", "bias"))
+            learned.append(needed or any(p is not None and overlap(p, part) for p in own))
+            op = replace(node.op, needed=needed) if isinstance(node.op, Free) else node.op
+            nodes.append(Node(op, node.inputs, needed))
+        return replace(self, nodes=tuple(nodes))
+
     def forward(self, rows: Tensor, x: Tensor) -> Tensor:
         """Outputs (k, B, outputs) for inputs x (k, B, *features), in evaluation mode."""
         values = [x]
@@ -86,13 +98,20 @@ class StackedNet:
         return values[-1]
 
     def gradient(
-        self, batch: Batch, x: Tensor, y: Tensor, share: Tensor, sink: Sink, loss: str
+        self,
+        batch: Batch,
+        x: Tensor,
+        y: Tensor,
+        share: Tensor | Callable[[Tensor], Tensor],
+        sink: Sink,
+        loss: str,
     ) -> None:
         """Give the gradient of sum_b share_b loss_b of each client to `sink`.
 
         Args:
             x: (k, B, *features). y: (k, B) classes or (k, B, t) targets.
-            share: (k, B), each example's share of the mean; 0 for a padded place.
+            share: (k, B), each example's share of the mean; 0 for a padded place. Or what makes
+                it of the outputs (k, B, outputs).
         """
         values, kept = [x], []
         for node in self.nodes:
@@ -100,6 +119,8 @@ class StackedNet:
             values.append(value)
             kept.append(keep)
         grads: list[Tensor | None] = [None] * len(values)
+        if not isinstance(share, Tensor):
+            share = share(values[-1])
         grads[-1] = _loss_gradient(values[-1], y, share, loss)
         for place in range(len(self.nodes) - 1, -1, -1):
             node, grad = self.nodes[place], grads[place + 1]
@@ -129,8 +150,8 @@ class _Translation:
     def __init__(self, module: nn.Module, layout: Layout) -> None:
         self.module = module
         self.places = {e.name: slice(e.start, e.stop) for e in layout.entries}
+        self.size = layout.size
         self.nodes: list[Node] = []
-        self.learned: list[bool] = [False]  # by value: does it depend on a parameter?
         self.called: set[str] = set()
         self.used: set[str] = set()
 
@@ -152,7 +173,8 @@ class _Translation:
         if self.used != set(self.places):
             missing = sorted(set(self.places) - self.used)[0]
             return f'a module that does not use "{missing}"'
-        return StackedNet(tuple(self.nodes), any(isinstance(n.op, Drop) for n in self.nodes))
+        made = StackedNet(tuple(self.nodes), any(isinstance(n.op, Drop) for n in self.nodes))
+        return made.training(slice(0, self.size))
 
     def _add(self, node: fx.Node, number: dict[fx.Node, int]) -> str | None:
         inputs = tuple(number[n] for n in node.all_input_nodes if n in number)
@@ -169,12 +191,8 @@ class _Translation:
         self._put(Free(_bound(node)), inputs)
         return None
 
-    def _put(self, op: Op, inputs: tuple[int, ...], *, learns: bool = False) -> None:
-        before = any(self.learned[i] for i in inputs)
-        if isinstance(op, Free):
-            op = replace(op, needed=before)
-        self.nodes.append(Node(op, inputs, before))
-        self.learned.append(before or learns)
+    def _put(self, op: Op, inputs: tuple[int, ...]) -> None:
+        self.nodes.append(Node(op, inputs))
 
     def _own(self, name: str) -> slice:
         self.used.add(name)
@@ -195,14 +213,10 @@ class _Translation:
         if type(layer) is nn.Linear:
             part = None if bias is None else self._own(bias)
             weight = self._own(f"{prefix}weight")
-            self._put(
-                Dense(weight, part, layer.in_features, layer.out_features), inputs, learns=True
-            )
+            self._put(Dense(weight, part, layer.in_features, layer.out_features), inputs)
         elif type(layer) is nn.Embedding and layer.max_norm is None and layer.padding_idx is None:
             weight = self._own(f"{prefix}weight")
-            self._put(
-                Lookup(weight, layer.num_embeddings, layer.embedding_dim), inputs, learns=True
-            )
+            self._put(Lookup(weight, layer.num_embeddings, layer.embedding_dim), inputs)
         elif type(layer) in (nn.LayerNorm, nn.GroupNorm):
             plain: Any = copy.deepcopy(layer)
             shape = tuple(plain.weight.shape) if "weight" in own else ()
@@ -213,7 +227,7 @@ class _Translation:
                 affine = Affine(
                     self._own(f"{prefix}weight"), part, shape, type(layer) is nn.GroupNorm
                 )
-                self._put(affine, (len(self.nodes),), learns=True)
+                self._put(affine, (len(self.nodes),))
         elif type(layer) is nn.Dropout:
             self._put(Drop(layer.p), inputs)
         elif type(layer) is nn.ReLU:

@@ -6,17 +6,20 @@ them is the method's business.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .local import Examples
-from .ops import Batch, Gradient
+from .local import Examples, Weighing
+from .ops import Batch, Descent, Gradient, Sink
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .stack import StackedNet
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Step:
     """One mini-batch of k clients; see `algorithms.Step` for what a method may ask of it.
 
     Attributes:
-        index: (k, B) places in the pool. local: (k, B) places in the client's own training data.
+        index: (k, B) places in the pool.
         share: (k, B), an example's share of its batch's mean; 0 where there is none.
         draws: a generator for each client, for dropout; `states` holds theirs one by one.
     """
@@ -32,7 +35,6 @@ class Step:
     engine: Engine
     examples: Examples
     index: Tensor
-    local: Tensor
     share: Tensor
     real: Tensor
     draws: list[torch.Generator]
@@ -50,14 +52,14 @@ class Step:
 
     def take(self, table: Tensor) -> Tensor:
         """(k, B) of the batch's examples from a table (k, n) over the training examples."""
-        return torch.where(self.real, table.gather(1, self.local), 0.0)
+        own = self.index - torch.from_numpy(self.examples.start)[:, None]
+        return torch.where(self.real, table.gather(1, own.clamp_min(0)), 0.0)
 
     def _each(self, r: int) -> Step:
         """The same batches for k * r clients: r times each of the k."""
         return replace(
             self,
             index=self.index.repeat_interleave(r, 0),
-            local=self.local.repeat_interleave(r, 0),
             share=self.share.repeat_interleave(r, 0),
             real=self.real.repeat_interleave(r, 0),
             draws=[draw for draw in self.draws for _ in range(r)],
@@ -79,43 +81,93 @@ class Step:
         For rows (k, r, P) and weight (k, r, B), (k, r, n_params). Buffers inside `rows` (statistics
         of BatchNorm) are updated in place, as in training.
         """
-        if rows.ndim == 3:
-            k, r = rows.shape[:2]
-            if self.engine.net is not None:
-                flat = None if weight is None else weight.flatten(0, 1)
-                return self._each(r).gradient(rows.flatten(0, 1), flat).view(k, r, -1)
-            each = [
-                self.gradient(one, None if weight is None else weight[:, j])
-                for j, one in enumerate(rows.unbind(1))
-            ]
-            return torch.stack(each, dim=1)
-        here = self.active.nonzero()[:, 0]
-        everyone = len(here) == len(rows)
-        out = rows.new_zeros(len(rows), self.engine.layout.n_params)
-        net = self.engine.net
-        if net is None:
-            for i in here.tolist():
-                out[i] = self._gradient_of_one(rows[i], i, weight)
-            return out
-        share = self.share if weight is None else self.share * weight
-        rows, index, real = (
-            (rows, self.index, self.real)
-            if everyone
-            else (rows[here], self.index[here], self.real[here])
-        )
-        share = share if everyone else share[here]
-        draws = [self.draws[i] for i in here.tolist()] if net.draws else []
-        batch = Batch(rows, draws, real.sum(1).tolist() if draws else ())
-        found = out if everyone else out[: len(here)].clone()
-        x, y = self.examples.at(index)
-        with torch.no_grad():
-            net.gradient(batch, x, y, share, Gradient(found), self.engine.training.loss)
-        if not everyone:
-            out[here] = found
+        n, here = self.engine.layout.n_params, self.active
+        out = rows.new_zeros(*rows.shape[:-1], n)
+        if self.engine.net is None:
+            for place in self._places(rows):
+                out[place] = self._gradient_of_one(rows, place, weight)
+        elif here.all():
+            self._stacked(self.engine.net, rows, weight, Gradient(out.view(-1, n), slice(0, n)))
+        else:
+            part = None if weight is None else weight[here]
+            out[here] = self._of(here).gradient(rows[here], part)
         return out
 
-    def _gradient_of_one(self, row: Tensor, i: int, weight: Tensor | None) -> Tensor:
+    def descend(
+        self, rows: Tensor, lr: float | Tensor, weight: Tensor | Weighing | None = None
+    ) -> None:
+        """Take the step rows -= lr * gradient(rows, weight) in place, which costs less.
+
+        Args:
+            rows: (k, P) or (k, r, P), without gaps in memory.
+            lr: for all, or (k, 1).
+            weight: as in `gradient`, or a function that makes it of `losses(rows)`, so that these
+                are not computed apart.
+        """
+        net, n, here = self.engine.net, self.engine.layout.n_params, self.active
+        if (net is None or net.draws) and not (weight is None or isinstance(weight, Tensor)):
+            # Losses are of the model as it is used, gradients are with dropout.
+            weight = weight(self.losses(rows))
+        if net is None:
+            for place in self._places(rows):
+                known = weight if isinstance(weight, Tensor) else None
+                rate = lr[place[0]] if isinstance(lr, Tensor) else lr
+                rows[place][:n] -= rate * self._gradient_of_one(rows, place, known)
+        elif here.all():
+            if isinstance(lr, Tensor) and rows.ndim == 3:
+                lr = lr.repeat_interleave(rows.shape[1], 0)
+            flat = rows.view(-1, rows.shape[-1])
+            self._stacked(net, rows, weight, Descent(flat, lr, slice(0, n)))
+        else:
+            work, rate = rows[here], lr[here] if isinstance(lr, Tensor) else lr
+            self._of(here).descend(work, rate, _weights_of(here, weight))
+            rows[here] = work
+
+    def _of(self, clients: Tensor) -> Step:
+        """The batches of some of the clients, (k,) bool."""
+        return replace(
+            self,
+            examples=self.examples.take(clients.numpy()),
+            index=self.index[clients],
+            share=self.share[clients],
+            real=self.real[clients],
+            draws=[draw for draw, here in zip(self.draws, clients, strict=False) if here],
+        )
+
+    @torch.no_grad()
+    def _stacked(
+        self, net: StackedNet, rows: Tensor, weight: Tensor | Weighing | None, sink: Sink
+    ) -> None:
+        """Give the gradient at rows (k, P) or (k, r, P) to `sink`; every client has a batch."""
+        engine, each = self.engine, self if rows.ndim == 2 else self._each(rows.shape[1])
+        real = each.real.sum(1).tolist() if net.draws else ()
+        batch = Batch(rows.reshape(-1, rows.shape[-1]), each.draws, real)
+        x, y = self.examples.at(each.index)
+        share: Tensor | Weighing = each.share
+        if isinstance(weight, Tensor):
+            share = each.share * weight.reshape(each.share.shape)
+        elif weight is not None:
+            weigh = weight
+
+            def of_outputs(output: Tensor) -> Tensor:
+                losses = torch.where(each.real, engine.judged(engine.answers(output), y), 0.0)
+                found = weigh(losses.view(*rows.shape[:-1], -1))
+                return each.share * found.reshape(each.share.shape)
+
+            share = of_outputs
+        net.gradient(batch, x, y, share, sink, engine.training.loss)
+
+    def _places(self, rows: Tensor) -> Iterator[tuple[int, ...]]:
+        """Where in (k, P) or (k, r, P) the models of clients are that have a batch."""
+        models = itertools.product(*map(range, rows.shape[1:-1]))
+        for i, own in itertools.product(self.active.nonzero()[:, 0].tolist(), list(models)):
+            yield (i, *own)
+
+    def _gradient_of_one(
+        self, rows: Tensor, place: tuple[int, ...], weight: Tensor | None
+    ) -> Tensor:
         engine, layout = self.engine, self.engine.layout
+        row, i = rows[place], place[0]
         n = int(self.real[i].sum())
         at = self.index[i, :n]
         layout.bind(engine.module, row)
@@ -124,7 +176,7 @@ class Step:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.states[i])
             x, y = self.examples.at(at)
-            share = None if weight is None else weight[i, :n]
+            share = None if weight is None else weight[place][:n]
             loss = engine.criterion(engine.forward(x), y, share)
             self.states[i] = torch.get_rng_state()
         parts = torch.autograd.grad(loss, [p for p, _ in chosen], materialize_grads=True)
@@ -133,3 +185,16 @@ class Step:
         for found, (_, (start, stop)) in zip(parts, chosen, strict=True):
             out[start:stop] = found.reshape(-1)
         return out
+
+
+def _weights_of(here: Tensor, weight: Tensor | Weighing | None) -> Tensor | Weighing | None:
+    """The same for some of the clients, (k,) bool; a function still sees all, some with loss 0."""
+    if weight is None or isinstance(weight, Tensor):
+        return None if weight is None else weight[here]
+
+    def of_some(losses: Tensor) -> Tensor:
+        every = losses.new_zeros(len(here), *losses.shape[1:])
+        every[here] = losses
+        return weight(every)[here]
+
+    return of_some

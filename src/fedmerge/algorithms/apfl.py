@@ -68,12 +68,13 @@ class APFL(Algorithm):
         for step in trainer.steps():
             mixed = self._mixed(setup, {"model": own, "alpha": alpha}, received)
             at_mixed = step.gradient(mixed)
-            shift = (own - received)[:, :n]
-            received[:, :n] -= lr * step.gradient(received)
-            own[:, :n] -= lr * alpha * at_mixed
-            own[:, n:] = mixed[:, n:]
+            slope = None
             if self.adaptive and not count.any():
-                slope = (shift * at_mixed).sum(1, keepdim=True)
+                slope = ((own - received)[:, :n] * at_mixed).sum(1, keepdim=True)
+            step.descend(received, lr)
+            own[:, :n].addcmul_(at_mixed, lr * alpha, value=-1)
+            own[:, n:] = mixed[:, n:]
+            if slope is not None:
                 alpha = (alpha - lr * slope).clamp(0.0, 1.0)
             count += step.active
         kept = {"model": own, "alpha": alpha}

@@ -104,9 +104,9 @@ class APPLE(Gathering):
         return self._grown(setup, shared["models"], at)[at]
 
     def _cores(self, message: Tensor, memory: Tensors) -> Tensor:
-        """(k, clients, P): the cores that clients know, each its own first."""
+        """(k, clients, P): the cores that clients know, each its own first; not to be changed."""
         if "cores" not in memory:
-            return message.clone()
+            return message
         at = self._turn(memory["rounds"])[..., None].expand(-1, -1, message.shape[2])
         cores = memory["cores"].scatter(1, at, message[:, 1:])
         cores[:, 0] = message[:, 0]
@@ -134,7 +134,7 @@ class APPLE(Gathering):
         start, total = level, torch.zeros_like(own[:, :n])
         count = torch.zeros(len(cores), dtype=torch.int64)
         for step in trainer.steps():
-            mixed = rest + level * sums + share * own
+            mixed = torch.addcmul(rest, level, sums).addcmul_(share, own)
             mixed[:, n:] = own[:, n:]
             gradient = step.gradient(mixed)
             total += gradient
@@ -142,7 +142,7 @@ class APPLE(Gathering):
             rates = self.weight_lr * step.active[:, None]
             of_mean = (sums[:, :n] * gradient).sum(1, keepdim=True) / max(1, clients - 1)
             of_own = (own[:, :n] * gradient).sum(1, keepdim=True)
-            own[:, :n] -= rate * share * gradient
+            own[:, :n].addcmul_(gradient, share, value=-rate)
             own[:, n:] = mixed[:, n:]
             share = share - rates * (of_own + pull * (share - 1 / clients))
             level = level - rates * (of_mean + pull * (level - 1 / clients))
@@ -150,11 +150,12 @@ class APPLE(Gathering):
         slopes += count[:, None] * pull * others
         apart = others - self.weight_lr * (slopes - slopes.mean(1, keepdim=True))
         weights = torch.cat([share, apart + (level - start)], dim=1)
-        cores[:, 0] = own
         kept = {"weights": weights, "rounds": rounds + 1}
-        kept |= {"cores": cores} if self._limited() else {}
-        delta = setup.layout.update(message[:, 0], own)
-        return Local(delta, count, kept, self._sum(setup, cores, weights))
+        if self._limited():
+            kept["cores"] = torch.cat([own[:, None], cores[:, 1:]], dim=1)
+        model = torch.bmm(weights[:, None, 1:], cores[:, 1:])[:, 0].addcmul_(share, own)
+        model[:, n:] = own[:, n:]
+        return Local(setup.layout.update(message[:, 0], own), count, kept, model)
 
     def gather(self, setup: Setup, shared: Tensors, rows: Tensors, updates: Updates) -> Tensors:
         return {"delta": updates.delta, "rounds": rows["rounds"]}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
 
 from ..errors import ConfigError
 from ..params import Layout
@@ -68,8 +67,3 @@ class Components(Algorithm):
         own = torch.eye(d, dtype=torch.float64).repeat(len(updates), 1)
         share = own * updates.n_examples.double().repeat_interleave(d)[:, None]
         fold.sum.add(share[:, None], updates.delta.flatten(0, 1))
-
-
-def descend(rows: Tensor, gradient: Tensor, lr: float | Tensor) -> None:
-    """One SGD step in place on the parameters of rows (..., P), gradient (..., n_params)."""
-    rows[..., : gradient.shape[-1]] -= lr * gradient

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..local import Mixture
 from .base import Cost, Local, Setup, Tensors
-from .components import Components, descend
+from .components import Components
 from .trainer import Trainer
 
 LEAST = 1e-8
@@ -59,7 +59,7 @@ class FedEM(Components):
         for step in trainer.steps():
             steps += step.active
             weight = torch.stack([step.take(one) for one in duty.unbind(1)], dim=1)
-            descend(end, step.gradient(end, weight), trainer.lr)
+            step.descend(end, trainer.lr, weight)
         delta = setup.layout.update(message, end)
         return Local(delta, steps, {"shares": shares}, Mixture(end, weights=shares))
 

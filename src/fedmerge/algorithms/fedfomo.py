@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..rng import numpy_generator
+from ..rng import numpy_generators
 from .base import Cost, Local, Setup, Tensors, Updates
 from .gathering import Gathering
 from .trainer import Trainer
@@ -79,8 +79,9 @@ class FedFomo(Gathering):
         most = self.others or 0
         epsilon = max(0.0, self.epsilon - self.decay * number)
         chosen = np.full((len(rows["place"]), most), -1)
-        for i, place in enumerate(rows["place"].tolist()):
-            draw = numpy_generator(setup.seed, "others", number, place)
+        places = rows["place"].tolist()
+        draws = numpy_generators(setup.seed, (("others", number, place) for place in places))
+        for i, (place, draw) in enumerate(zip(places, draws, strict=True)):
             there = np.flatnonzero(seen & (np.arange(len(seen)) != place))
             there = draw.permutation(there)
             if place < len(seen):

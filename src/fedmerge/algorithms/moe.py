@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..local import Mixture
 from .base import Cost, Local, Setup, Tensors
-from .components import Components, descend
-from .trainer import Trainer
+from .components import Components
+from .trainer import Duty, Trainer
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,15 @@ class MoE(Components):
         steps = torch.zeros(len(message), dtype=torch.int64)
         for step in trainer.steps():
             steps += step.active
-            shares = model.log_shares(step.inputs).transpose(1, 2)
-            duty = torch.softmax(shares - step.losses(model.rows), dim=1)
-            descend(model.rows, step.gradient(model.rows, duty), trainer.lr)
-            flat = step.inputs.flatten(2).to(gate.dtype)
-            flat = torch.cat([flat, flat.new_ones(*flat.shape[:2], 1)], dim=-1)
-            excess = torch.where(step.real[:, None], shares.exp() - duty, 0.0)
-            mean = excess / step.real.sum(1).clamp_min(1)[:, None, None]
-            gate -= self.gate_lr * trainer.lr * torch.bmm(mean, flat)
+            inputs, real = step.inputs, step.real
+            shares = model.log_shares(inputs).transpose(1, 2)
+            duty = Duty(shares)
+            step.descend(model.rows, trainer.lr, duty)
+            excess = torch.where(real[:, None], shares.exp() - duty.made, 0.0)
+            rate = self.gate_lr * trainer.lr / real.sum(1).clamp_min(1)
+            excess *= rate[:, None, None]
+            gate[..., :-1] -= torch.bmm(excess, inputs.flatten(2).to(gate.dtype))
+            gate[..., -1] -= excess.sum(2)
         delta = setup.layout.update(message, model.rows)
         return Local(delta, steps, {"gate": gate}, model)
 

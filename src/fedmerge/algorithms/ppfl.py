@@ -25,7 +25,7 @@ from torch import Tensor
 from ..params import Layout
 from ..sums import ModelSum
 from .base import Cost, Fold, Local, Setup, Tensors, Updates
-from .components import Components, descend
+from .components import Components
 from .trainer import Trainer
 
 
@@ -85,7 +85,7 @@ class PPFL(Components):
         steps = torch.zeros(len(message), dtype=torch.int64)
         for step in trainer.steps():
             steps += step.active
-            descend(end, step.gradient(end), trainer.lr * length)
+            step.descend(end, trainer.lr * length)
         delta = setup.layout.update(start, end)
         delta[:, : setup.layout.n_params] /= length
         kept = {"membership": membership}

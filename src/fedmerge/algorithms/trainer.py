@@ -7,13 +7,13 @@ deployment's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..local import Mixture, Proximal
+from ..local import Mixture, Proximal, Weighing
 
 
 class Step(Protocol):
@@ -48,6 +48,15 @@ class Step(Protocol):
 
         `weight` (k, B) is 1 if None. Zero for clients that are not active. For rows (k, r, P) and
         weight (k, r, B), (k, r, n_params).
+        """
+
+    def descend(
+        self, rows: Tensor, lr: float | Tensor, weight: Tensor | Weighing | None = None
+    ) -> None:
+        """Take the step rows -= lr * gradient(rows, weight) in place, which costs less.
+
+        `lr` is for all, or (k, 1); `rows` have no gaps in memory. `weight` may be a function that
+        makes it of `losses(rows)`, so that these are not computed apart.
         """
 
 
@@ -98,6 +107,23 @@ class Trainer(Protocol):
         """
 
 
+@dataclass
+class Duty:
+    """How much each model of a mixture answers for an example: its share times its likelihood, of
+    those of all. A `Weighing`, which keeps what it has made.
+
+    Attributes:
+        log_shares: (k, r, B). made: (k, r, B), what was made last.
+    """
+
+    log_shares: Tensor
+    made: Tensor = field(init=False)
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        self.made = torch.softmax(self.log_shares - losses, dim=1)
+        return self.made
+
+
 def tune(model: Tensor | Mixture, trainer: Trainer) -> Tensor | Mixture:
     """The clients' models after one epoch of their own; a mixture keeps its shares.
 
@@ -108,10 +134,7 @@ def tune(model: Tensor | Mixture, trainer: Trainer) -> Tensor | Mixture:
         return trainer.fit(model, epochs=1, purpose="tuned")[0]
     rows = model.rows.clone()
     for step in trainer.steps(epochs=1, purpose="tuned"):
-        shares = model.log_shares(step.inputs).transpose(1, 2)
-        duty = torch.softmax(shares - step.losses(rows), dim=1)
-        gradient = step.gradient(rows, duty)
-        rows[..., : gradient.shape[2]] -= trainer.lr * gradient
+        step.descend(rows, trainer.lr, Duty(model.log_shares(step.inputs).transpose(1, 2)))
     return replace(model, rows=rows)
 
 
