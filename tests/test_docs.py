@@ -39,7 +39,7 @@ def test_python_blocks_of_the_docs_run(
     if page == "adding_a_method.md":
         printed = capsys.readouterr().out.splitlines()
         assert [line.split()[:2] for line in printed] == [
-            [name, str(t)] for name in ("fedavg", "fedavgm") for t in (1, 2, 3)
+            [name, str(t)] for name in ("fedavg", "fedavgm", "fedsam") for t in (1, 2, 3)
         ]
         method = make_method("my_methods.FedAvgM:beta=0.5")
         assert method.name == "fedavgm"
