@@ -21,7 +21,7 @@ class FineTuned(algorithms.Algorithm):
         model = super().personal(setup, message, memory, trainer)
         if not isinstance(model, Tensor):
             raise ConfigError(f"{self.name} uses a mixture of models: wanted a method of one model")
-        return fine_tuned_while_it_helps(model, 5, trainer)
+        return fine_tuned_while_it_helps(model, 10, trainer)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Plain training and evaluation are tested in `test_local`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,17 @@ def test_only_a_part_of_the_row_is_trained(execution: str, part: str) -> None:
         torch.testing.assert_close(end[i], layout.row(module))
     assert torch.equal(end[:, : only[0]], rows[:, : only[0]])
     assert torch.equal(end[:, only[1] :], rows[:, only[1] :])
+
+
+@both
+def test_fit_takes_steps_of_another_length(execution: str) -> None:
+    training = Training(lr=0.1, batch_size=4, momentum=0.5, loss="cross-entropy")
+    engine, layout, rows = setting(net(dtype=torch.float64), training, execution)
+    slow = Engine(build(net(dtype=torch.float64), 1), layout, replace(training, lr=0.03), execution)
+    wanted, _ = slow.fit(rows, examples(), KEYS, seed=3, epochs=2)
+    found, _ = engine.fit(rows, examples(), KEYS, seed=3, epochs=2, lr_scale=0.3)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.equal(found, engine.fit(rows, examples(), KEYS, seed=3, epochs=2)[0])
 
 
 def test_a_part_that_cuts_a_parameter_or_lies_outside_is_refused() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -104,6 +105,7 @@ class Engine:
         epochs: int,
         proximal: Proximal | None = None,
         only: tuple[int, int] | None = None,
+        lr_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Train each client from its row.
 
@@ -112,6 +114,7 @@ class Engine:
             examples: of k clients.
             keys: names of each client's draws, such as (round, client id).
             only: (start, stop) of the parameters that are trained, None for all of them.
+            lr_scale: learning rate, in those of the run.
 
         Returns:
             (k, P) end rows and (k,) int64 numbers of SGD steps.
@@ -127,10 +130,11 @@ class Engine:
         # convolutions, and of stacks.
         torch.empty(HELD, dtype=torch.uint8)
         end = rows.clone()
+        how = replace(self.training, epochs=epochs, lr=lr_scale * self.training.lr)
         if self.net is None:
-            self._fit_each(end, examples, keys, seed, epochs, proximal, part)
+            self._fit_each(end, examples, keys, seed, how, proximal, part)
         elif len(rows):
-            self._fit_stack(self.net, end, examples, keys, seed, epochs, steps, proximal, part)
+            self._fit_stack(self.net, end, examples, keys, seed, how, steps, proximal, part)
         return end, torch.from_numpy(steps)
 
     def steps(
@@ -302,7 +306,7 @@ class Engine:
         examples: Examples,
         keys: Sequence[Key],
         seed: int,
-        epochs: int,
+        training: Training,
         proximal: Proximal | None,
         part: slice,
     ) -> None:
@@ -326,9 +330,9 @@ class Engine:
                         parameter.data = rows[i, start:stop].view(parameter.shape)
                 # Not torch.manual_seed, which tells every kind of device.
                 torch.default_generator.manual_seed(derive(seed, *keys[i], "layers"))
-                order = batches(examples.count[i], epochs, generator) + examples.start[i]
+                order = batches(examples.count[i], training.epochs, generator) + examples.start[i]
                 pull = None if proximal is None else (proximal.anchor[i, part], proximal.mu)
-                self._fit_one(rows[i], examples, order, pull, part, chosen)
+                self._fit_one(rows[i], examples, order, training, pull, part, chosen)
                 self.layout.collect(self.module, rows[i])
 
     def _fit_one(
@@ -336,12 +340,13 @@ class Engine:
         row: Tensor,
         examples: Examples,
         order: np.ndarray,
+        training: Training,
         pull: tuple[Tensor, float] | None,
         part: slice,
         chosen: Sequence[tuple[Tensor, tuple[int, int]]],
     ) -> None:
         """Train the module, whose values are in `row`, on the batches of `order` (epochs, n)."""
-        training, params = self.training, row[part]
+        params = row[part]
         parameters = [parameter for parameter, _ in chosen]
         momentum = torch.zeros_like(params) if training.momentum else None
         plain = not (training.weight_decay or training.clip or training.momentum) and pull is None
@@ -390,7 +395,7 @@ class Engine:
         examples: Examples,
         keys: Sequence[Key],
         seed: int,
-        epochs: int,
+        training: Training,
         steps: Index,
         proximal: Proximal | None,
         part: slice,
@@ -402,11 +407,11 @@ class Engine:
         work = rows if sorted_already else rows.index_select(0, at)
         n = self.layout.n_params
         pull = None if proximal is None else (proximal.anchor[at, part], proximal.mu)
-        training = self.training
         plain = not (training.weight_decay or training.clip or training.momentum) and pull is None
         gradient = torch.empty(len(rows), 0 if plain else n, dtype=rows.dtype)
         momentum = torch.zeros_like(gradient[:, part]) if training.momentum else None
-        schedule = Schedule.of(examples.count[order], epochs, training.batch_size, rows.dtype)
+        epochs, size = training.epochs, training.batch_size
+        schedule = Schedule.of(examples.count[order], epochs, size, rows.dtype)
         names = [keys[i] for i in order]
         index = plan(schedule, examples.start[order], names, seed, epochs)
         net = net.training(part)

@@ -39,7 +39,7 @@ from .trainer import Step, Trainer, fine_tuned_while_it_helps, tune
 
 METHODS: dict[str, tuple[type[Algorithm], Mapping[str, object]]] = {
     "fedmerge": (FedMerge, {}),
-    "fedmerge-ft": (FedMerge, {"finetune": 5}),
+    "fedmerge-ft": (FedMerge, {"finetune": 10}),
     "fedavg": (FedAvg, {}),
     "fedavg-ft": (FedAvgFT, {}),
     "fedprox": (FedProx, {}),

@@ -76,9 +76,10 @@ class FedMerge(Algorithm):
             training helps them or its rounds agree; 1 for never further than the mean.
         average: whether clients use a mean of each model over rounds where a round has few of its
             clients; trained is the model itself.
-        finetune: epochs of local training before the model is used, by clients whose validation
-            loss they lower by a tenth or more, and up to four times as many while it falls; 0 for
-            none. They change what is evaluated as `merged`, never what is sent back.
+        finetune: epochs of local training before the model is used, at three tenths of the run's
+            learning rate, by clients whose validation loss they lower by a twentieth or more, and
+            up to four times as many while it falls; 0 for none. They change what is evaluated as
+            `merged`, never what is sent back.
     """
 
     name: ClassVar[str] = "fedmerge"

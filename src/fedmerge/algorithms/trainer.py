@@ -82,12 +82,14 @@ class Trainer(Protocol):
         epochs: int | None = None,
         proximal: Proximal | None = None,
         only: tuple[int, int] | None = None,
+        lr_scale: float = 1.0,
         purpose: str = "train",
     ) -> tuple[Tensor, Tensor]:
         """Train from rows (k, P); return end rows (k, P) and steps (k,).
 
         `epochs` None means those of the run. `only` (start, stop) trains these parameters and
-        leaves the others as they are. `purpose` names the draws of the batches.
+        leaves the others as they are. `lr_scale` is the learning rate in those of the run.
+        `purpose` names the draws of the batches.
         """
 
     def steps(self, *, epochs: int | None = None, purpose: str = "train") -> Iterator[Step]:
@@ -143,13 +145,16 @@ def fine_tuned(start: Tensor, epochs: int, trainer: Trainer) -> Tensor:
     return trainer.fit(start, epochs=epochs, purpose="finetune")[0] if epochs else start
 
 
-HELPED = 0.9
+HELPED = 0.95
 """Share of its validation loss that a model may keep for its fine-tuning to have helped: less would
 often be chance, with some tens of examples, and choosing by chance costs more than it wins."""
+GENTLY = 0.3
+"""Learning rate of fine-tuning that is to help, in those of the run: a model that is nearly right
+is to be moved a little, and a rate that suits most clients is too high for some."""
 
 
 def fine_tuned_while_it_helps(start: Tensor, epochs: int, trainer: Trainer) -> Tensor:
-    """Models (k, P) fine-tuned at the clients whose validation loss that lowers by a tenth or more.
+    """Models (k, P) fine-tuned at the clients whose validation loss that lowers enough (`HELPED`).
 
     There it goes on, to twice and to four times as many epochs, as long as the loss falls. Where it
     does not help, the model is as it was.
@@ -160,7 +165,7 @@ def fine_tuned_while_it_helps(start: Tensor, epochs: int, trainer: Trainer) -> T
     bar = HELPED * trainer.loss(start, "validation")
     going = torch.ones(len(start), dtype=torch.bool)
     for times, purpose in ((1, "finetune"), (1, "finetune to 2"), (2, "finetune to 4")):
-        end = trainer.fit(end, epochs=times * epochs, purpose=purpose)[0]
+        end = trainer.fit(end, epochs=times * epochs, lr_scale=GENTLY, purpose=purpose)[0]
         loss = trainer.loss(end, "validation")
         # Infinite for a model that has diverged, NaN where it is not known: below nothing.
         going = going & (loss < bar)

@@ -74,6 +74,7 @@ class GroupTrainer:
         epochs: int | None = None,
         proximal: Proximal | None = None,
         only: tuple[int, int] | None = None,
+        lr_scale: float = 1.0,
         purpose: str = "train",
     ) -> tuple[Tensor, Tensor]:
         """See `Trainer.fit`."""
@@ -85,6 +86,7 @@ class GroupTrainer:
             epochs=self._epochs(epochs),
             proximal=proximal,
             only=only,
+            lr_scale=lr_scale,
         )
 
     def steps(self, *, epochs: int | None = None, purpose: str = "train") -> Iterator[Step]:
