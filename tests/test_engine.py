@@ -131,6 +131,29 @@ def test_a_step_knows_its_examples_and_weighs_them(execution: str) -> None:
         assert not every[i, n:].any()
 
 
+@pytest.mark.parametrize("only", [(1, 39), (5, 20), (0, 3), (37, 39)])
+def test_a_stack_may_train_a_part_that_cuts_a_parameter(only: tuple[int, int]) -> None:
+    engine, layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
+    assert layout.n_params == 39
+    end, _ = engine.fit(rows, examples(), KEYS, seed=3, epochs=2, only=only)
+    # Gradients that are put together first, since they are to be clipped.
+    clipped = setting(net(dtype=torch.float64), replace(BASE, clip=1e9), "stacked")[0]
+    wanted, _ = clipped.fit(rows, examples(), KEYS, seed=3, epochs=2, only=only)
+    torch.testing.assert_close(end, wanted)
+    outside = torch.ones(39, dtype=torch.bool)
+    outside[slice(*only)] = False
+    assert torch.equal(end[:, outside], rows[:, outside])
+    assert not torch.equal(end, rows)
+
+
+@both
+def test_no_epochs_are_no_training(execution: str) -> None:
+    engine, _layout, rows = setting(net(dtype=torch.float64), BASE, execution)
+    end, steps = engine.fit(rows, examples(), KEYS, seed=3, epochs=0)
+    assert torch.equal(end, rows)
+    assert not steps.any()
+
+
 def test_steps_one_by_one_keep_statistics_and_counters() -> None:
     _engine, layout, rows = setting(norm_net, BASE, "auto")
     data = examples(dtype=torch.float32)
