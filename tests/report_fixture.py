@@ -201,7 +201,7 @@ def write_run(
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (run / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log), encoding="utf-8")
     (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    facts = {"format": 5, "preset": None, "tuning": {"trials": 4, "seeds": [90, 91]}}
+    facts = {"format": 6, "preset": None, "tuning": {"trials": 4, "seeds": [90, 91]}}
     (folder / "comparison.json").write_text(json.dumps(facts), encoding="utf-8")
     return result
 

@@ -410,7 +410,7 @@ def test_methods_are_compared_after_equal_training_only(
         None,
         {"setting": "domain", "clients": 4, "rounds": 2, "epochs": 1, "hidden": 4},
     ).model_dump(mode="json")
-    (tmp_path / "comparison.json").write_text('{"format": 5, "trials": 0, "tuning_seeds": []}')
+    (tmp_path / "comparison.json").write_text('{"format": 6, "trials": 0, "tuning_seeds": []}')
     write_config(made, {**config, "method": "fedavg", "evaluate_every": 2, "threads": 2})
     option = f"--{name.replace('_', '-')}"
     result = call("compare", "--methods", "local", *names, option, value)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedmerge.errors import StateError
 
-FORMAT = 5
+FORMAT = 6
 """Of the folders that this version writes and reads."""
 AGAIN = "delete its run folder and run it again"
 ANEW = "remove it, and `fedmerge report` writes it anew from the runs"
