@@ -94,6 +94,13 @@ def test_it_learns_and_stays_finite(method: str) -> None:
         assert losses(last) < 0.5 * losses(run("fedavg", rounds=12).history[-1])
 
 
+@every_method
+def test_a_client_alone_learns(method: str) -> None:
+    history = run(short(method), [make_client("a", 30, kind=0)], rounds=6).history
+    own = "tuned" if method == "fedbabu" else "merged"  # its body is trained under a random head
+    assert losses(history[-1], own) < losses(history[0], own)
+
+
 SLOW = pytest.mark.xfail(
     strict=True,
     reason="APPLE's sum of all cores moves by those of the round only: with a quarter of the "

@@ -128,7 +128,8 @@ class APPLE(Gathering):
         pull = self.mu * FADED ** (rounds / self.fade) * (rounds < self.fade)
         own, share = cores[:, 0].clone(), weights[:, :1]
         # Of the others only their mean moves step by step; see the module's docstring.
-        others, level = weights[:, 1:], weights[:, 1:].mean(1, keepdim=True)
+        others = weights[:, 1:]
+        level = others.sum(1, keepdim=True) / max(1, clients - 1)  # nobody's for a client alone
         rest = torch.bmm((others - level)[:, None], cores[:, 1:])[:, 0]
         sums = cores[:, 1:].sum(1)
         start, total = level, torch.zeros_like(own[:, :n])
