@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from fedmerge.compare.folder import read_result, write_result
-from fedmerge.config import RunConfig, load_config
+from fedmerge.config import RunConfig, load_config, run_cell
+from fedmerge.data import Federation
 from fedmerge.errors import ConfigError, StateError
 from fedmerge.sim import RoundLog, Simulation
 from fedmerge.sim.cluster import Cluster
@@ -33,6 +34,30 @@ TINY: dict[str, object] = {"clients": 4, "rounds": 2, "epochs": 1, "hidden": 4}
 def _one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(1)
+
+
+def test_cells_with_the_same_clients_share_them_and_give_what_a_run_alone_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    build = RunConfig.federation
+
+    def counted(config: RunConfig) -> Federation:
+        made.append(config.seed)
+        return build(config)
+
+    monkeypatch.setattr(RunConfig, "federation", counted)
+    plan = [("fedmerge-ft", 1), ("fedbabu", 1), ("fedmerge-ft", 2), ("fedmerge-ft", 1)]
+    for i, (method, seed) in enumerate(plan):
+        config = load_config(None, {**TINY, "method": method, "seed": seed})
+        run_cell(config.model_dump(mode="json"), tmp_path / str(i))
+        clients = made[:]
+        alone = config.run(tmp_path / f"{i}-alone")
+        del made[len(clients) :]
+        found = read_result(tmp_path / str(i))
+        assert found is not None
+        assert {**found, "seconds": 0} == {**alone, "seconds": 0}
+    assert made == [1, 2, 1]
 
 
 def test_defaults_are_those_of_the_evidence() -> None:

@@ -207,10 +207,12 @@ class RunConfig(BaseModel):
         checkpoint_seconds: float = 30,
         profile: Profile | None = None,
         spawning: bool = False,
+        clients: Callable[[RunConfig], Federation] | None = None,
     ) -> dict[str, Any]:
         """Run this, or go on with what `folder` holds of it; return what result.json holds.
 
-        `profile` takes in the seconds of each phase; for `spawning` see `simulation`.
+        `profile` takes in the seconds of each phase; for `spawning` see `simulation`; `clients`
+        returns what `federation` would, at less cost.
 
         Raises:
             FedmergeError: settings that do not fit each other, or a folder that cannot be used.
@@ -222,7 +224,8 @@ class RunConfig(BaseModel):
         from .compare.trackers import tracked
 
         def build(checkpoint: Path | None) -> Simulation:
-            return self.simulation(self.federation(), checkpoint, checkpoint_seconds, spawning)
+            federation = clients(self) if clients else self.federation()
+            return self.simulation(federation, checkpoint, checkpoint_seconds, spawning)
 
         def seen(log: RoundLog) -> None:
             tracker.on_round(log)
@@ -268,7 +271,19 @@ def prepare_worker(trackers_down: Collection[str] = ()) -> None:
 
 def run_cell(config: dict[str, Any], folder: Path) -> None:
     """Run the settings `config` in `folder`; what a worker process of a comparison does."""
-    load_config(None, config).run(folder)
+    load_config(None, config).run(folder, clients=_kept_federation)
+
+
+_kept: dict[tuple[object, ...], Federation] = {}
+"""The clients of the last cell, which are often those of the next."""
+
+
+def _kept_federation(config: RunConfig) -> Federation:
+    key = (config.data, config.setting, config.clients, config.seed, config.train_fraction)
+    if key not in _kept:
+        _kept.clear()  # first, since there may be room for one only
+        _kept[key] = config.federation()
+    return _kept[key]
 
 
 def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:

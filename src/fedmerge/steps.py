@@ -82,7 +82,8 @@ class Step:
         of BatchNorm) are updated in place, as in training.
         """
         n, here = self.engine.layout.n_params, self.active
-        out = rows.new_zeros(*rows.shape[:-1], n)
+        stacked = self.engine.net is not None and bool(here.all())
+        out = (rows.new_empty if stacked else rows.new_zeros)(*rows.shape[:-1], n)
         if self.engine.net is None:
             for place in self._places(rows):
                 out[place] = self._gradient_of_one(rows, place, weight)

@@ -101,7 +101,8 @@ class APPLE(Gathering):
         place, turn = rows["place"][:, None], self._turn(rows["rounds"])
         # The others in the order of joining: those before this client, then those after it.
         at = torch.cat([place, turn - (turn <= place).long()], dim=1)
-        return self._grown(setup, shared["models"], at)[at]
+        models = self._grown(setup, shared["models"], at)
+        return models.index_select(0, at.flatten()).view(*at.shape, models.shape[1])
 
     def _cores(self, message: Tensor, memory: Tensors) -> Tensor:
         """(k, clients, P): the cores that clients know, each its own first; not to be changed."""

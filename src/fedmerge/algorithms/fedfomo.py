@@ -96,7 +96,8 @@ class FedFomo(Gathering):
 
     def send(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
         every = torch.cat([shared["models"], shared["initial"]])
-        return every[self._chosen(setup, shared, rows)]
+        chosen = self._chosen(setup, shared, rows) % len(every)  # -1, nobody: the initial model
+        return every.index_select(0, chosen.flatten()).view(*chosen.shape, every.shape[1])
 
     def _moved(
         self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer

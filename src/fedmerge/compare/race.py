@@ -17,10 +17,14 @@ from scipy.special import stdtr
 
 from .folder import LOG
 
-HEATS = (4, 4)
-"""Seeds that a race goes on with: few at first, but so many that a t-test can tell chance."""
+HEATS = (2, 1, 1, 2, 2)
+"""Seeds that a race goes on with."""
 OUT = 0.1
 """A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
+FEW = 4
+SPREAD = 0.05
+"""With fewer seeds than `FEW` differences may agree by chance: their standard deviation is taken to
+be `SPREAD` at least, so that only points far behind are out."""
 Scores = Sequence[float | None]
 """Of one point, for each seed that it was tried with; None where it diverged."""
 
@@ -46,7 +50,8 @@ def _is_behind(lead: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
     """Whether what another leads by, for each seed, is beyond chance."""
     if len(lead) < 2:
         return False
-    error = lead.std(ddof=1) / math.sqrt(len(lead))
+    least = SPREAD if len(lead) < FEW else 0.0
+    error = max(least, lead.std(ddof=1)) / math.sqrt(len(lead))
     if not error:
         return bool(lead[0] > 0)
     return bool(stdtr(len(lead) - 1, -lead.mean() / error) < OUT)

@@ -261,7 +261,8 @@ class Tuning:
         for last in _heats(len(group.trials[0])):
             if len(field) < 2 and first:
                 break
-            heat = [trial for point in field for trial in group.trials[point][first:last]]
+            # Seed by seed: a worker that goes on with the same clients need not make them again.
+            heat = [group.trials[point][seed] for seed in range(first, last) for point in field]
             ran += len(heat)
             self._ran[group.name] = ran
             self._later[group.name] = tuple(t for p in field for t in group.trials[p][last:])
