@@ -59,7 +59,7 @@ bench-peers: setup-dev
 
 docs: setup-dev
 	$(BIN)/pdoc --output-directory $(OUT)/docs $(addprefix fedmerge.,algorithms data engine errors \
-	  local merging models params sim soup)
+	  local merging models network params sim soup)
 
 clean:
 	rm -rf $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

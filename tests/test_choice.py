@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from core_fixture import TRAINING, equal, make_clients, plain, simulate, soup_tensors
-from fedmerge.engine import LARGEST_STACKED, Engine
+from fedmerge.engine import Engine
+from fedmerge.network import LARGEST_STACKED
 from fedmerge.params import Layout
 from fedmerge.sim import RoundLog, Simulation
 from fedmerge.sim.choice import WORTH, Auto

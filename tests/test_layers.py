@@ -14,8 +14,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "fedmerge"
 LAYERS = (
     ("errors", "rng", "params", "store", "values", "workers", "codec", "guard", "kernels", "loops"),
-    ("merging", "pace", "sums", "sketches", "local", "ops", "stack", "engine", "steps", "robust",
-     "privacy", "peers", "kinds", "own"),
+    ("merging", "pace", "sums", "sketches", "local", "ops", "stack", "network", "engine", "steps",
+     "robust", "privacy", "peers", "kinds", "own"),
     ("soup", "roster", "storage", "safety", "algorithms", "models", "data"),
     ("sim",),
     ("compare", "report", "flower", "deploy"),

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core_fixture import N_CLASSES, N_FEATURES, net, norm_net, normal
-from fedmerge.engine import EVALUATION_BATCH, Engine
+from fedmerge.engine import Engine
 from fedmerge.errors import ConfigError, ModelError
 from fedmerge.local import Examples, Proximal, Schedule, Training, batches, plan
 from fedmerge.models import mlp
+from fedmerge.network import EVALUATION_BATCH
 from fedmerge.params import Layout, build
 from fedmerge.rng import numpy_generator, numpy_generators
 
