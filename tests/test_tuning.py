@@ -25,9 +25,10 @@ from fedmerge.algorithms import make_method
 from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, chosen_text, chosen_values, make_cells
 from fedmerge.compare.folder import append_log, write_config, write_result
+from fedmerge.compare.grids import Point, grid_points
 from fedmerge.compare.race import contenders, score
 from fedmerge.compare.runner import Outcome
-from fedmerge.compare.tuning import Group, Point, Tuning, grid_points, make_groups
+from fedmerge.compare.tuning import Group, Tuning, make_groups
 from fedmerge.config import run_cell
 from fedmerge.errors import ConfigError, StateError
 

@@ -250,8 +250,9 @@ def compare(
     try:
         from .compare import cells as parts
         from .compare import folder, screen, trackers
+        from .compare.grids import grid_points
         from .compare.runner import Crew
-        from .compare.tuning import Tuning, grid_points, make_groups
+        from .compare.tuning import Tuning, make_groups
 
         def configure(data: str, setting: str, method: str, seed: int) -> dict[str, Any]:
             own = {"data": data, "setting": setting, "method": method, "seed": seed}
