@@ -151,7 +151,8 @@ class RuleByHand:
                 cosine = float(means[j] @ self.heading[j] / product)
             self.ahead[j] = min(1.0, max(0.0, self.ahead[j] + cosine - 0.9))
             may = min(max(lengths / float(means[j] @ means[j]) / 2, 1.0), self.extrapolate)
-            made.append(min(may, 1 + max(0.0, 4 * self.overall, self.ahead[j])))
+            onward = min(1.0, max(0.0, 1 + 2 * cosine))
+            made.append(min(may, 1 + max(0.0, 4 * self.overall * onward, self.ahead[j])))
         self.heading = means if self.heading is None else 0.7 * self.heading + 0.3 * means
         return made
 

@@ -13,7 +13,16 @@ from torch import Tensor
 from core_fixture import made_delta, make_updates, net
 from fedmerge import FedMerge, Soup
 from fedmerge.merging import merging_weights
-from fedmerge.pace import AHEAD, ahead, averaged, bounded, mean_steps, model_pace
+from fedmerge.pace import (
+    AHEAD,
+    agreement,
+    ahead,
+    averaged,
+    bounded,
+    mean_steps,
+    model_pace,
+    wanted,
+)
 
 F64 = torch.float64
 
@@ -102,14 +111,25 @@ def test_a_model_gets_ahead_while_its_rounds_agree_and_falls_back_when_they_do_n
     heading = heading[None].repeat(2, 1, 1)  # (b, d, s)
     step = on.expand(2, 5, 2)
     none = torch.zeros(5, dtype=F64)
-    # Cosines of 1, 1, -1, .8 and none.
-    assert near(ahead(none, step, heading), torch.tensor([0.1, 0.1, 0, 0, 0], dtype=F64))
+    found = agreement(step, heading)
+    assert near(found, torch.tensor([1, 1, -1, 0.8, 0], dtype=F64))
+    assert near(ahead(none, found), torch.tensor([0.1, 0.1, 0, 0, 0], dtype=F64))
     before = torch.tensor([0.5, 0.95, 1.0, 0.3, 0.95], dtype=F64)
-    expected = torch.tensor([0.6, AHEAD, 0, 0.2, 0.05], dtype=F64)
-    assert near(ahead(before, step, heading), expected)
+    assert near(ahead(before, found), torch.tensor([0.6, AHEAD, 0, 0.2, 0.05], dtype=F64))
     # All blocks count as one: here the second, which is longer, goes back.
     both = torch.stack([on, -2 * on])[:, None]
-    assert near(ahead(none[:1] + 0.5, both, both * torch.tensor([[[1.0]], [[-1.0]]])), none[:1])
+    found = agreement(both, both * torch.tensor([[[1.0]], [[-1.0]]]))
+    assert near(found, none[:1] - 0.6)
+    assert near(ahead(none[:1] + 0.5, found), none[:1])
+
+
+def test_models_that_turn_back_go_no_further_for_what_training_does() -> None:
+    agrees = torch.tensor([1.0, 0.0, -0.25, -0.5, -1.0], dtype=F64)
+    none, much = torch.zeros(5, dtype=F64), torch.tensor(0.3, dtype=F64)
+    assert near(wanted(much, none, agrees), torch.tensor([2.2, 2.2, 1.6, 1, 1], dtype=F64))
+    # The other sign, and where training does harm.
+    assert near(wanted(much, none + 0.7, agrees)[2:], torch.tensor([1.7, 1.7, 1.7], dtype=F64))
+    assert near(wanted(-much, none, agrees), none + 1)
 
 
 def test_models_get_ahead_in_rounds_that_agree() -> None:

@@ -17,6 +17,9 @@ from torch import Tensor
 HELPS = 4.0
 """By how many times the mean of its updates a model goes further, for each unit of help, the log of
 the ratio of wrong answers (`own.help_of`)."""
+TURNS = 2.0
+"""How much of that is dropped for a cosine of a model's step and its heading below 0: of -1 / TURNS
+all of it. A model that turns back has gone too far."""
 AGREES = 0.9
 """Cosine of a model's step and its heading above which it goes further than the round before."""
 AHEAD = 1.0
@@ -62,18 +65,36 @@ def mean_steps(share: Tensor, updates: Tensor) -> Tensor:
     return torch.einsum("kbs,kbd->bds", updates.double(), _parts(share))
 
 
-def ahead(further: Tensor, step: Tensor, heading: Tensor) -> Tensor:
+def agreement(step: Tensor, heading: Tensor) -> Tensor:
+    """(d,): the cosine of each model's step with its heading, 0 where it has none.
+
+    Args:
+        step: (b, d, s) of this round. heading: (b, d, s), which way it went before, a running mean.
+    """
+    lengths = step.square().sum((0, 2)) * heading.square().sum((0, 2))
+    return (step * heading).sum((0, 2)) / lengths.sqrt().clamp_min(1e-300)
+
+
+def ahead(further: Tensor, agrees: Tensor) -> Tensor:
     """By how many times its step each model goes further for its heading, (d,) from 0 to AHEAD.
 
     It grows in rounds that go on as those before, and falls in others.
 
     Args:
-        further: (d,) that of the round before. step: (b, d, s) of this round.
-        heading: (b, d, s) which way it went before, a running mean; zeros for none.
+        further: (d,) that of the round before. agrees: (d,) of `agreement`.
     """
-    lengths = step.square().sum((0, 2)) * heading.square().sum((0, 2))
-    cosine = (step * heading).sum((0, 2)) / lengths.sqrt().clamp_min(1e-300)
-    return (further + cosine - AGREES).clamp(0, AHEAD)
+    return (further + agrees - AGREES).clamp(0, AHEAD)
+
+
+def wanted(helped: Tensor, further: Tensor, agrees: Tensor) -> Tensor:
+    """How many times its step each model should go, (d,), for either sign that it is behind.
+
+    Args:
+        helped: (), what training does for clients. further: (d,) of `ahead`, agrees: of
+            `agreement`.
+    """
+    onward = (1 + TURNS * agrees).clamp(0, 1)
+    return 1 + torch.maximum(HELPS * helped * onward, further)
 
 
 def averaged(

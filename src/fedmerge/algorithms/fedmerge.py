@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..kinds import SETTLING, homes, settled
 from ..merging import FLOOR, block_scores, eg_row_step, merge_rows, merging_weights
 from ..own import NEW, help_of, recent, share_of, towards_own
-from ..pace import HELPS, ahead, averaged, bounded, mean_steps, model_pace
+from ..pace import agreement, ahead, averaged, bounded, mean_steps, model_pace, wanted
 from ..peers import Peers, centred, drawn, likeness, no_peers, remembered, renewed
 from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
@@ -334,10 +334,11 @@ class FedMerge(Algorithm):
             if self._extrapolates:
                 share, updates = fold.gathered("share")[order], fold.gathered("sketch")[order]
                 step, heading = mean_steps(share, updates), shared[HEADING].double()
-                made[AHEAD] = ahead(shared[AHEAD], step, heading)
+                agrees = agreement(step, heading)
+                made[AHEAD] = ahead(shared[AHEAD], agrees)
                 made[HEADING] = recent(heading, step, version == 0).float()
-                wanted = 1 + torch.maximum(HELPS * made[HELPED], made[AHEAD])
-                pace = pace * bounded(share, updates, step, wanted, self.extrapolate)
+                wish = wanted(made[HELPED], made[AHEAD], agrees)
+                pace = pace * bounded(share, updates, step, wish, self.extrapolate)
             fold.sum.pace = pace
         if self._leaves_out:
             taken = fold.gathered("share") / fold.sum.mass.clamp_min(1e-300)

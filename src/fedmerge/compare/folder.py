@@ -28,7 +28,7 @@ WEIGHTS = "weights.npz"
 CHECKPOINT = "checkpoint"
 COMPARISON = "comparison.json"
 LOCK = "lock"
-FORMAT = 6
+FORMAT = 7
 """Of a comparison's folder."""
 FREE = {"workers", "address", "track"}
 """Settings that no result depends on: a run may go on with others."""
