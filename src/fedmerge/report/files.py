@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmerge.compare.folder import FORMAT
 from fedmerge.errors import StateError
 
-FORMAT = 6
-"""Of the folders that this version writes and reads."""
 AGAIN = "delete its run folder and run it again"
 ANEW = "remove it, and `fedmerge report` writes it anew from the runs"
 TUNE = "remove it, and give the command of the comparison again"
