@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core_fixture import made_delta, make_updates, net
-from fedmerge import FedMerge, Soup
+from fedmerge import FedMerge, Simulation, Soup, Training, make_federation, make_model
 from fedmerge.merging import merging_weights
 from fedmerge.pace import (
     AHEAD,
@@ -190,3 +190,17 @@ def test_what_is_used_is_the_model_in_a_round_of_all_its_clients() -> None:
     assert not differs(after([every, one, every]))
     assert not differs(after([every, one], peers=0))
     assert not differs(after([every, one], d=1))  # which is FedAvg
+
+
+def test_models_do_not_swing_at_a_high_rate() -> None:
+    """Where they did, steps took turns from round 20 on and the loss rose from .2 to .7."""
+    federation = make_federation("digits", "concept-mix", 32, seed=1)
+    model = make_model("mlp", federation.input_shape, federation.n_outputs, 32)
+    training = Training(lr=1.0, epochs=5, batch_size=16)
+    simulation = Simulation(
+        FedMerge(), federation, model, training=training, rounds=60, seed=1, evaluate_every=20
+    )
+    losses = [
+        log.metrics["merged"]["train"]["loss"].mean for log in simulation.rounds() if log.metrics
+    ]
+    assert losses[2] < losses[1] < losses[0] < 0.3
