@@ -349,6 +349,11 @@ NEAR = {"fedmerge": [0.5, 0.6], "local": [0.61, 0.5]}
             "the best merged-model accuracy was that of local in a and fedavg in b.",
         ),
         ({"a": {"local": [0.5]}}, "FedMerge is not among these runs, which hold only local."),
+        (
+            {str(i): {"local": [0.5], "ditto": [0.6 - 0.15 * (i > 3)]} for i in range(5)},
+            "FedMerge is not among these runs; the best merged-model accuracy was that of ditto in "
+            "4 of 5 settings and local in 1.",
+        ),
         ({}, ""),
     ],
 )

@@ -12,6 +12,9 @@ from fedmerge.report.ranking import METRICS, Entry, Table, comparison, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge, twin_of
 from fedmerge.report.statistics import ENOUGH
 
+NAMED = 4
+"""Most settings that a headline names one by one."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -275,7 +278,12 @@ def _without_fedmerge(table: Table) -> str:
         return f"FedMerge is not among these runs, which hold only {table.methods[0]}."
     if not led:
         return "FedMerge is not among these runs."
-    parts = [f"{method} in {_list(settings)}" for method, settings in led.items()]
+    if len(table.settings) > NAMED:
+        most = sorted(led.items(), key=lambda pair: -len(pair[1]))
+        parts = [f"{method} in {len(settings)}" for method, settings in most]
+        parts[0] += f" of {len(table.settings)} settings"
+    else:
+        parts = [f"{method} in {_list(settings)}" for method, settings in led.items()]
     return (
         f"FedMerge is not among these runs; the best {_number(table)} was that of {_list(parts)}."
     )
