@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fedmerge.compare.folder import FORMAT
+
 ALL_METHODS = (
     "fedmerge", "fedmerge-paper", "fedavg", "fedavg-ft", "fedprox", "local", "ifca", "ifca-warm",
     "ditto", "apfl", "fedper", "fedrep", "fedbabu", "fedamp", "fedfomo", "fedala", "apple",
@@ -201,7 +203,7 @@ def write_run(
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (run / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log), encoding="utf-8")
     (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    facts = {"format": 6, "preset": None, "tuning": {"trials": 4, "seeds": [90, 91]}}
+    facts = {"format": FORMAT, "preset": None, "tuning": {"trials": 4, "seeds": [90, 91]}}
     (folder / "comparison.json").write_text(json.dumps(facts), encoding="utf-8")
     return result
 

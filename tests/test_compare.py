@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
-from fedmerge.compare.folder import check_beside, locked, write_config
+from fedmerge.compare.folder import FORMAT, check_beside, locked, write_config
 from fedmerge.compare.runner import Crew, Outcome
 from fedmerge.config import load_config, run_cell
 from fedmerge.errors import ConfigError, MissingExtraError, StateError
@@ -410,7 +410,8 @@ def test_methods_are_compared_after_equal_training_only(
         None,
         {"setting": "domain", "clients": 4, "rounds": 2, "epochs": 1, "hidden": 4},
     ).model_dump(mode="json")
-    (tmp_path / "comparison.json").write_text('{"format": 6, "trials": 0, "tuning_seeds": []}')
+    facts = {"format": FORMAT, "trials": 0, "tuning_seeds": []}
+    (tmp_path / "comparison.json").write_text(json.dumps(facts))
     write_config(made, {**config, "method": "fedavg", "evaluate_every": 2, "threads": 2})
     option = f"--{name.replace('_', '-')}"
     result = call("compare", "--methods", "local", *names, option, value)

@@ -574,7 +574,7 @@ def test_folders_of_another_version_are_refused_and_kept(tmp_path: Path) -> None
     facts = {"preset": "quick", "trials": 4, "tuning_seeds": [10, 11]}
     fresh = tmp_path / "fresh"
     files.claim_comparison(fresh, facts)
-    assert json.loads((fresh / "comparison.json").read_text()) == {"format": 6, **facts}
+    assert json.loads((fresh / "comparison.json").read_text()) == {"format": files.FORMAT, **facts}
     files.claim_comparison(fresh, {**facts, "preset": None})
     assert json.loads((fresh / "comparison.json").read_text())["preset"] is None
     with pytest.raises(StateError, match="trials is 4 there and 3 here; choose another --out"):
@@ -593,8 +593,8 @@ def test_folders_of_another_version_are_refused_and_kept(tmp_path: Path) -> None
 
     other = tmp_path / "other"
     other.mkdir()
-    (other / "comparison.json").write_text('{"format": 7}')
-    with pytest.raises(StateError, match="in format 7, and this version of fedmerge writes 6"):
+    (other / "comparison.json").write_text('{"format": 6}')
+    with pytest.raises(StateError, match="in format 6, and this version of fedmerge writes 7"):
         collect(other)
     assert files.check_comparison(tmp_path / "nowhere") is None
 

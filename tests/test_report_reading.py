@@ -226,8 +226,8 @@ def test_weights_of_another_run_are_refused(tmp_path: Path) -> None:
 def test_a_folder_of_another_version_says_what_to_do(tmp_path: Path) -> None:
     write_run(tmp_path, "domain", "local", 0, 2)
     path = tmp_path / "comparison.json"
-    path.write_text('{"format": 7}')
-    with pytest.raises(StateError, match=r"format 7, wanted 6; .*new --out") as caught:
+    path.write_text('{"format": 6}')
+    with pytest.raises(StateError, match=r"format 6, wanted 7; .*new --out") as caught:
         load_runs(tmp_path)
     assert "\n" not in str(caught.value)
     path.unlink()
