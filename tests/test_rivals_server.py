@@ -222,6 +222,21 @@ def test_fedfomo_sends_the_models_of_largest_affinity() -> None:
         assert len(sent) == 2
 
 
+def test_fedfomo_sends_the_initial_model_where_there_is_nobody_else() -> None:
+    soup = soup_of(FedFomo(others=2, epsilon=0.0))
+    first = soup.setup.initial(0)
+    assert torch.equal(soup.send(["a", "b"]).message, first.expand(2, 2, -1))
+    sent = soup.send(["a"])
+    delta = first - torch.full_like(first, 2.0)
+    updates = make_updates(sent, delta[None])
+    soup.fold(replace(updates, extra={"gain": torch.zeros(1, 2, dtype=torch.float64)}))
+    soup.commit()
+    to_a, to_b = soup.send(["a", "b"]).message
+    assert torch.equal(to_a, first.expand(2, -1))
+    assert not torch.equal(to_b[0], first)
+    assert torch.equal(to_b[1], first)
+
+
 def test_fedfomo_explores_as_often_as_epsilon_says() -> None:
     sent = []
     for epsilon in (0.0, 0.5):

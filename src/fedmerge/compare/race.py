@@ -24,7 +24,7 @@ OUT = 0.1
 FEW = 4
 SPREAD = 0.05
 """With fewer seeds than `FEW` differences may agree by chance: their standard deviation is taken to
-be `SPREAD` at least, so that only points far behind are out."""
+be `SPREAD` at least, of accuracy or of loss, so that only points far behind are out."""
 Scores = Sequence[float | None]
 """Of one point, for each seed that it was tried with; None where it diverged."""
 
