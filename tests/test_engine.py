@@ -5,7 +5,10 @@ Plain training and evaluation are tested in `test_local`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from fedmerge.algorithms import tune
 from fedmerge.engine import Engine
 from fedmerge.errors import ConfigError, ModelError
 from fedmerge.local import Examples, Mixture, Training, batches
+from fedmerge.ops import Batch, Dense
 from fedmerge.params import Layout, build
 from fedmerge.rng import numpy_generator
 from test_local import BASE, KEYS, SIZES, examples, figures, setting
@@ -247,6 +251,58 @@ def test_a_stack_that_trains_a_part_computes_no_gradient_for_the_rest() -> None:
     assert whole == engine.net
     assert any(node.needed for node in whole.nodes)
     assert not any(node.needed for node in last.nodes)
+
+
+class Shortcut(nn.Module):
+    """Inputs are added before the last layer, or, with `late`, go past it through one of theirs."""
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Linear(N_FEATURES, N_FEATURES)
+        self.side = nn.Linear(N_FEATURES, N_CLASSES) if late else None
+        self.head = nn.Linear(N_FEATURES, N_CLASSES)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        out: Tensor = self.head(hidden) + self.side(x) if self.side else self.head(x + hidden)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "once"),
+    [(net(dtype=torch.float64), True), (Shortcut, True), (partial(Shortcut, late=True), False)],
+)
+def test_layers_before_those_that_are_trained_are_computed_once(
+    make: Callable[[], nn.Module], once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the result is that of one client after another, which compute them in every step."""
+    engine, layout, rows = setting(make, BASE, "stacked")
+    one_by_one = setting(make, BASE, "sequential")[0]
+    seen: list[bool] = []
+    forward = Dense.forward
+
+    def counted(self: Dense, batch: Batch, *inputs: Tensor) -> tuple[Tensor, Any]:
+        seen.append(self.weight.start == 0)
+        return forward(self, batch, *inputs)
+
+    monkeypatch.setattr(Dense, "forward", counted)
+    last = layout.last_layer
+    end, _ = engine.fit(rows, examples(), KEYS, seed=3, epochs=4, only=last)
+    steps = 4 * -(-max(SIZES) // BASE.batch_size)
+    assert sum(seen) == (1 if once else steps)
+    assert seen.count(False) == steps * (1 if once else 2)
+    wanted, _ = one_by_one.fit(rows, examples(), KEYS, seed=3, epochs=4, only=last)
+    torch.testing.assert_close(end, wanted)
+
+
+def test_a_model_that_has_diverged_spoils_no_others_settled_layers() -> None:
+    engine, layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
+    last = layout.last_layer
+    wanted, _ = engine.fit(rows, examples(), KEYS, seed=3, epochs=4, only=last)
+    rows[0] = float("inf")
+    end, _ = engine.fit(rows, examples(), KEYS, seed=3, epochs=4, only=last)
+    assert torch.equal(end[1:], wanted[1:])
 
 
 # -- mixtures -------------------------------------------------------------------------------------

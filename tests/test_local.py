@@ -631,5 +631,5 @@ def test_a_plan_is_the_batches_of_each_client_side_by_side() -> None:
             batch = wanted[t] if t < len(wanted) else np.zeros(0)
             b = len(batch)
             assert index[place, t, :b].tolist() == batch.tolist()
-            assert not index[place, t, b:].any()
+            assert (index[place, t, b:] == (data.start[i] if counts[i] else 0)).all()
             assert weight[place, t].tolist() == [1 / b for _ in range(b)] + [0.0] * (size - b)

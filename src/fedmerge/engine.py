@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -224,9 +225,14 @@ class Engine(Network):
         gradient = torch.empty(len(rows), 0 if plain else n, dtype=rows.dtype)
         momentum = torch.zeros_like(gradient[:, part]) if training.momentum else None
         epochs, size = training.epochs, training.batch_size
-        schedule = Schedule.of(examples.count[order], epochs, size, rows.dtype)
+        examples = examples.take(order)
+        schedule = Schedule.of(examples.count, epochs, size, rows.dtype)
         names = [keys[i] for i in order]
-        index = plan(schedule, examples.start[order], names, seed, epochs)
+        settled, rest = net.parted(part)
+        # Once for every example, and for places that are filled up, in place of every epoch.
+        if settled.nodes and examples.count.sum() * epochs > len(rows) * examples.count.max():
+            examples, net = examples.seen_by(partial(settled.forward, work)), rest
+        index = plan(schedule, examples.start, names, seed, epochs)
         net = net.training(part)
         draws = [torch_generator(seed, *key, "layers") for key in names if net.draws]
         for t in range(index.shape[1]):

@@ -106,6 +106,15 @@ class Examples:
         """The same pool, seen by some of the clients only; nothing is copied."""
         return Examples(self.x, self.y, self.start[clients], self.count[clients])
 
+    def seen_by(self, what: Callable[[Tensor], Tensor]) -> Examples:
+        """A pool of what k clients make of their own examples' x, (k, n, *features)."""
+        most = int(self.count.max(initial=0))
+        place = np.minimum(np.arange(most), np.maximum(self.count, 1)[:, None] - 1)
+        start = np.where(self.count > 0, self.start, 0)
+        x, y = self.at(torch.from_numpy(start[:, None] + place))
+        own = np.arange(len(start)) * most
+        return Examples(what(x).flatten(0, 1), y.flatten(0, 1), own, self.count)
+
 
 @dataclass(frozen=True)
 class Proximal:
@@ -269,10 +278,12 @@ def plan(
         start: (k,), where the clients' examples begin in the pool. keys: names of their draws.
 
     Returns:
-        (k, steps, size) int64 into the pool; 0 where there is no example.
+        (k, steps, size) int64 into the pool; where there is no example, one of the client's own: of
+        a model that has diverged nobody else's should be made. 0 for a client without any.
     """
     k, longest, size = schedule.share.shape
     index = np.zeros((k, longest * size), dtype=np.int64)
+    index += np.where(schedule.count > 0, start, 0)[:, None]
     counts, lengths = schedule.count.tolist(), (schedule.per_epoch * size).tolist()
     generators = numpy_generators(seed, keys)
     for row, n, s, first, generator in zip(

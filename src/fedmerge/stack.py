@@ -83,11 +83,24 @@ class StackedNet:
         nodes = []
         for node in self.nodes:
             needed = any(learned[i] for i in node.inputs)
-            own = (getattr(node.op, name, None) for name in ("weight", "bias"))
-            learned.append(needed or any(p is not None and overlap(p, part) for p in own))
+            learned.append(needed or any(overlap(own, part) for own in _columns(node.op)))
             op = replace(node.op, needed=needed) if isinstance(node.op, Free) else node.op
             nodes.append(Node(op, node.inputs, needed))
         return replace(self, nodes=tuple(nodes))
+
+    def parted(self, part: slice) -> tuple[StackedNet, StackedNet]:
+        """The layers before all that depend on parameters of `part`, and the others: while only
+        these are trained, what those say of an example stays the same. No layers, if it does not.
+        """
+        weighty = [_columns(node.op) for node in self.nodes]
+        learns = [any(overlap(own, part) for own in columns) for columns in weighty]
+        cut = 0 if self.draws or True not in learns else learns.index(True)
+        # Later layers may take the last value only.
+        while any(0 <= i < cut for node in self.nodes[cut:] for i in node.inputs):
+            cut -= 1
+        cut *= any(weighty[:cut])  # what has no parameters costs next to nothing
+        rest = [replace(n, inputs=tuple(i - cut for i in n.inputs)) for n in self.nodes[cut:]]
+        return replace(self, nodes=self.nodes[:cut]), replace(self, nodes=tuple(rest))
 
     def forward(self, rows: Tensor, x: Tensor) -> Tensor:
         """Outputs (k, B, outputs) for inputs x (k, B, *features), in evaluation mode."""
@@ -142,6 +155,12 @@ def _loss_gradient(output: Tensor, y: Tensor, share: Tensor, loss: str) -> Tenso
     grad = torch.softmax(output.transpose(1, 2), dim=1).transpose(1, 2)
     minus = grad.new_full((1, 1, 1), -1.0).expand(*y.shape, 1)
     return grad.scatter_add_(2, y.unsqueeze(2), minus).mul_(share.unsqueeze(2))
+
+
+def _columns(op: Op) -> list[slice]:
+    """Where an operation's parameters are in a row."""
+    own = (getattr(op, name, None) for name in ("weight", "bias"))
+    return [part for part in own if part is not None]
 
 
 class _Translation:
