@@ -81,16 +81,16 @@ class FedFomo(Gathering):
         chosen = np.full((len(rows["place"]), most), -1)
         places = rows["place"].tolist()
         draws = numpy_generators(setup.seed, (("others", number, place) for place in places))
+        known, affinity = np.flatnonzero(seen), shared["affinity"].numpy()
         for i, (place, draw) in enumerate(zip(places, draws, strict=True)):
-            there = np.flatnonzero(seen & (np.arange(len(seen)) != place))
-            there = draw.permutation(there)
+            there = draw.permutation(known[known != place])
             if place < len(seen):
                 # Stable: of equal affinity, those first in the permutation.
-                liking = shared["affinity"][place].numpy()[there]
-                there = there[np.argsort(-liking, kind="stable")]
+                there = there[np.argsort(-affinity[place, there], kind="stable")]
             best, rest = there[:most].copy(), there[most:]
             explored = np.flatnonzero(draw.random(len(best)) < epsilon)[: len(rest)]
-            best[explored] = draw.permutation(rest)[: len(explored)]
+            if len(explored):
+                best[explored] = draw.permutation(rest)[: len(explored)]
             chosen[i, : len(best)] = best
         return torch.from_numpy(chosen)
 

@@ -221,8 +221,10 @@ class FedMerge(Algorithm):
 
     def fits(self, shared: Tensors, extra: Tensors) -> bool:
         # A client need not say how much its training has helped it.
-        said = extra.get("help", torch.zeros((), dtype=torch.float64))
-        return said.dtype == torch.float64 and not said.ndim and bool(said.abs() <= 1)
+        said = extra.get("help")
+        if said is None:
+            return True
+        return said.dtype == torch.float64 and not said.ndim and abs(said.item()) <= 1
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
         return fine_tuned_while_it_helps(message[:, 0], self.finetune, trainer)
