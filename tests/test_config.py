@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fedmerge.compare.folder import read_result, write_result
+from fedmerge.compare.race import score
 from fedmerge.config import RunConfig, load_config, run_cell
 from fedmerge.data import Federation
 from fedmerge.errors import ConfigError, StateError
@@ -58,6 +59,40 @@ def test_cells_with_the_same_clients_share_them_and_give_what_a_run_alone_gives(
         assert found is not None
         assert {**found, "seconds": 0} == {**alone, "seconds": 0}
     assert made == [1, 2, 1]
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def lines_without_times(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{**line, "seconds": 0} for line in found]
+
+
+def test_of_a_trial_the_log_is_kept_by_which_it_is_judged(tmp_path: Path) -> None:
+    """Its place says that it is one. Until it has ended it can be gone on with like any run."""
+    config = load_config(None, {**TINY, "rounds": 4})
+    settings = config.model_dump(mode="json")
+    trial, cell = tmp_path / "tuning" / "one", tmp_path / "runs" / "one"
+
+    def stop(log: RoundLog) -> None:
+        if log.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        config.run(trial, stop, checkpoint_seconds=0, trial=True)
+    assert contents(trial) == {"config.json", "log.jsonl", "checkpoint"}
+    for folder in (trial, cell):
+        run_cell(settings, folder)
+    assert contents(trial) == {"config.json", "log.jsonl", "result.json"}
+    assert contents(cell) == {*contents(trial), "checkpoint", "weights.npz"}
+    assert lines_without_times(trial) == lines_without_times(cell)
+    assert len(lines_without_times(trial)) == 4
+    assert score(trial) == score(cell)
+    found = read_result(trial)
+    assert found is not None
+    assert found["rounds"] == 4
 
 
 def test_defaults_are_those_of_the_evidence() -> None:

@@ -208,11 +208,12 @@ class RunConfig(BaseModel):
         profile: Profile | None = None,
         spawning: bool = False,
         clients: Callable[[RunConfig], Federation] | None = None,
+        trial: bool = False,
     ) -> dict[str, Any]:
         """Run this, or go on with what `folder` holds of it; return what result.json holds.
 
         `profile` takes in the seconds of each phase; for `spawning` see `simulation`; `clients`
-        returns what `federation` would, at less cost.
+        returns what `federation` would, at less cost; for `trial` see `compare.execute`.
 
         Raises:
             FedmergeError: settings that do not fit each other, or a folder that cannot be used.
@@ -234,7 +235,7 @@ class RunConfig(BaseModel):
         config = self.model_dump(mode="json")
         finished = folder is not None and read_result(folder) is not None
         with tracked([] if finished else self.trackers(), config, folder) as tracker:
-            result = execute(config, build, folder, seen, profile)
+            result = execute(config, build, folder, seen, profile, trial)
             tracker.finish(result)
         return result
 
@@ -271,7 +272,10 @@ def prepare_worker(trackers_down: Collection[str] = ()) -> None:
 
 def run_cell(config: dict[str, Any], folder: Path) -> None:
     """Run the settings `config` in `folder`; what a worker process of a comparison does."""
-    load_config(None, config).run(folder, clients=_kept_federation)
+    from .compare.tuning import TUNING
+
+    trial = folder.parent.name == TUNING
+    load_config(None, config).run(folder, clients=_kept_federation, trial=trial)
 
 
 _kept: dict[tuple[object, ...], Federation] = {}

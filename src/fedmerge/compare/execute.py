@@ -6,6 +6,7 @@ rounds themselves, and the checkpoint, are the simulation's.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,7 @@ def execute(
     folder: Path | None = None,
     on_round: Callable[[RoundLog], object] = lambda log: None,
     profile: Profile | None = None,
+    trial: bool = False,
 ) -> dict[str, Any]:
     """Return the result of a run; go on with the one in `folder`, or return it if it is finished.
 
@@ -34,6 +36,8 @@ def execute(
         folder: run folder, or None to keep nothing.
         on_round: called with the log of each round that is run now.
         profile: takes in the seconds of what is run now.
+        trial: keep the log alone, by which a trial is judged: there are three times as many trials
+            as cells, and nobody uses their models.
 
     Raises:
         StateError: the folder cannot be written, or holds a run with other settings.
@@ -48,7 +52,7 @@ def execute(
                 with profile("log"):
                     on_round(log)
         with profile("result"):
-            result = _result(config, simulation)
+            result = _result(config, simulation, trial)
         profile.finish(simulation.saving, simulation.chosen)
         return result
     files.check_writable(folder)
@@ -59,6 +63,7 @@ def execute(
     # Settings that cannot be run must not claim the folder, so they are written after this.
     with profile("data"):
         simulation = build(folder / files.CHECKPOINT)
+    simulation.saves_last = not trial
     files.write_config(folder, config)
     # The checkpoint decides: rounds after it are run, and logged, again.
     files.write_log(folder, [log.to_json() for log in simulation.history])
@@ -70,11 +75,13 @@ def execute(
                 files.append_log(folder, log.to_json())
                 on_round(log)
     with profile("result"):
-        weights = simulation.weight_history()
+        weights = {} if trial else simulation.weight_history()
         if weights:
             files.write_arrays(folder / files.WEIGHTS, weights)
-        result = _result(config, simulation)
+        result = _result(config, simulation, trial)
         files.write_result(folder, result)
+        if trial:  # of a long one, saved on the way
+            shutil.rmtree(folder / files.CHECKPOINT, ignore_errors=True)
     profile.finish(simulation.saving, simulation.chosen)
     return result
 
@@ -92,8 +99,8 @@ def _rounds(simulation: Simulation) -> Generator[RoundLog]:
             raise
 
 
-def _result(config: Mapping[str, Any], simulation: Simulation) -> dict[str, Any]:
-    found = simulation.result()
+def _result(config: Mapping[str, Any], simulation: Simulation, trial: bool) -> dict[str, Any]:
+    found = {"rounds": len(simulation.history)} if trial else simulation.result()
     # Summed over the rounds, so that it does not matter how often the run was stopped.
     seconds = sum(sum(log.seconds.values()) for log in simulation.history)
     named = {key: config[key] for key in ("setting", "data", "method", "seed")}

@@ -96,6 +96,7 @@ class Simulation:
 
     Attributes:
         draws: who takes part in what. saving: seconds spent on checkpoints by this process.
+        saves_last: whether to save after the last round, too; on an interruption always.
 
     Raises:
         ConfigError, DataError, ModelError: settings, data or a model that cannot be used.
@@ -175,6 +176,7 @@ class Simulation:
         self._folder = None if checkpoint is None else Path(checkpoint)
         self._interval = checkpoint_seconds
         self.saving = 0.0
+        self.saves_last = True
         self._whole = True
         self._check_outputs()
         if self._folder is not None and has_state(self._folder):
@@ -213,7 +215,8 @@ class Simulation:
             finally:
                 # Also on Ctrl-C. What fails inside a commit leaves a state of neither round: keep
                 # the older.
-                if self._folder and self._whole and len(self.history) > self._saved_rounds:
+                new = self._whole and len(self.history) > self._saved_rounds
+                if self._folder and new and (self.saves_last or len(self.history) < self.n_rounds):
                     self.save()
 
     def _round(self, number: int) -> RoundLog:
