@@ -243,6 +243,39 @@ def test_a_descent_weighs_by_losses_without_dropout(execution: str) -> None:
         torch.testing.assert_close(rows, wanted)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("r", [1, 2])
+def test_steps_are_the_same_whatever_order_clients_are_in(r: int, weighed: bool) -> None:
+    """In one of them those that still have a batch always come first."""
+    engine, _layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
+    data, found, slopes = examples(), [], []
+    for order in (np.arange(4), np.argsort(SIZES)[::-1].copy()):
+        work = rows[order] if r == 1 else torch.stack([rows[order], 2 * rows[order]], dim=1)
+        lr = torch.tensor([[0.1], [0.2], [0.05], [0.3]], dtype=torch.float64)[order]
+        keys, seen = [KEYS[i] for i in order], []
+        for step in engine.steps(data.take(order), keys, seed=3, epochs=2):
+            weight = step.losses(work) + 1 if weighed else None
+            seen.append(step.gradient(work, weight).sum(0))
+            step.descend(work, lr, torch.sigmoid if weighed else None)
+        found.append(work[order.argsort()])
+        slopes.append(torch.stack(seen))
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*slopes)
+
+
+def test_two_stacks_may_go_down_in_turn() -> None:
+    """What is kept of one is not taken for the other."""
+    engine, _layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
+    wanted, _ = engine.fit(rows, examples(), KEYS, seed=3, epochs=2)
+    other, _ = engine.fit(2 * rows, examples(), KEYS, seed=3, epochs=2)
+    one, two = rows.clone(), 2 * rows
+    for step in engine.steps(examples(), KEYS, seed=3, epochs=2):
+        step.descend(one, BASE.lr)
+        step.descend(two, BASE.lr)
+    torch.testing.assert_close(one, wanted)
+    torch.testing.assert_close(two, other)
+
+
 def test_a_stack_that_trains_a_part_computes_no_gradient_for_the_rest() -> None:
     engine, layout, _rows = setting(net(dtype=torch.float64), BASE, "stacked")
     assert engine.net is not None

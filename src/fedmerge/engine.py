@@ -26,11 +26,11 @@ from .local import (
     sgd_step,
 )
 from .network import Network
-from .ops import Batch, Descent, Gradient
+from .ops import Batch, Descent, Gradient, Sink
 from .params import Layout
 from .rng import derive, numpy_generators, torch_generator
 from .stack import StackedNet
-from .steps import Step
+from .steps import Kept, Step
 
 Key = tuple[int | str, ...]
 HELD = 2**25 - 2**16
@@ -104,13 +104,17 @@ class Engine(Network):
         size = self.training.batch_size
         schedule = Schedule.of(examples.count, epochs, size, self.layout.dtype)
         index = plan(schedule, examples.start, keys, seed, epochs)
-        share, real = schedule.share, schedule.share > 0
+        share, real = schedule.share.unbind(1), (schedule.share > 0).unbind(1)
         drawing = self.net is None or self.net.draws
         draws = [torch_generator(seed, *key, "layers") for key in keys if drawing]
         states = [d.get_state() for d in draws] if self.net is None else []
-        for t, width in enumerate(schedule.real.max(0, initial=0).tolist()):
-            here = (slice(None), t, slice(width))
-            yield Step(self, examples, index[here], share[here], real[here], draws, states)
+        active = torch.from_numpy(schedule.real > 0).unbind(1)
+        busy, widths = (schedule.real > 0).sum(0).tolist(), schedule.real.max(0, initial=0).tolist()
+        kept = Kept()
+        for t, places in enumerate(index.unbind(1)):
+            here = slice(None), slice(widths[t])
+            parts = places[here], share[t][here], real[t][here]
+            yield Step(self, examples, *parts, active[t], busy[t], draws, states, kept)
 
     # -- one client after another -----------------------------------------------------------------
 
@@ -232,24 +236,24 @@ class Engine(Network):
         # Once for every example, and for places that are filled up, in place of every epoch.
         if settled.nodes and examples.count.sum() * epochs > len(rows) * examples.count.max():
             examples, net = examples.seen_by(partial(settled.forward, work)), rest
-        index = plan(schedule, examples.start, names, seed, epochs)
+        # Step by step, so that the places of a step lie side by side.
+        index = plan(schedule, examples.start, names, seed, epochs).transpose(0, 1).contiguous()
+        share = schedule.share.unbind(1)
         net = net.training(part)
         draws = [torch_generator(seed, *key, "layers") for key in names if net.draws]
-        for t in range(index.shape[1]):
+        stacks: dict[tuple[int, int], tuple[Batch, Sink]] = {}
+        for t, places in enumerate(index):
             for first, end, width in schedule.parts(t, SPLIT / self.layout.size):
                 own = slice(first, end)
-                batch = Batch(
-                    work[own], draws[own], schedule.real[own, t].tolist() if draws else ()
-                )
-                net.gradient(
-                    batch,
-                    *examples.at(index[own, t, :width]),
-                    schedule.share[own, t, :width],
-                    Descent(work[own], training.lr, part)
-                    if plain
-                    else Gradient(gradient[own], part),
-                    training.loss,
-                )
+                if (first, end) not in stacks:
+                    batch = Batch(work[own], draws[own])
+                    descent, kept = Descent(work[own], training.lr, part), gradient[own]
+                    stacks[first, end] = batch, descent if plain else Gradient(kept, part)
+                batch, sink = stacks[first, end]
+                if draws:
+                    batch = replace(batch, real=schedule.real[own, t].tolist())
+                x, y = examples.at(places[own, :width])
+                net.gradient(batch, x, y, share[t][own, :width], sink, training.loss)
                 if not plain:
                     sgd_step(
                         work[own, part],

@@ -10,13 +10,14 @@ import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from .ops import Affine, Batch, Dense, Drop, Free, Lookup, Op, Rectify, Sink, overlap
+from .ops import Affine, Batch, Dense, Drop, Flat, Free, Lookup, Op, Rectify, Sink, overlap
 from .params import Layout
 
 ELEMENTWISE_LAYERS = (
@@ -153,8 +154,13 @@ def _loss_gradient(output: Tensor, y: Tensor, share: Tensor, loss: str) -> Tenso
     # Over an axis that is not the last: over the last one, which is short, it takes five times as
     # long.
     grad = torch.softmax(output.transpose(1, 2), dim=1).transpose(1, 2)
-    minus = grad.new_full((1, 1, 1), -1.0).expand(*y.shape, 1)
+    minus = _minus_one(grad.dtype).expand(*y.shape, 1)
     return grad.scatter_add_(2, y.unsqueeze(2), minus).mul_(share.unsqueeze(2))
+
+
+@cache
+def _minus_one(dtype: torch.dtype) -> Tensor:
+    return torch.full((1, 1, 1), -1.0, dtype=dtype)
 
 
 def _columns(op: Op) -> list[slice]:
@@ -251,10 +257,10 @@ class _Translation:
             self._put(Drop(layer.p), inputs)
         elif type(layer) is nn.ReLU:
             self._put(Rectify(), inputs)
-        elif (
-            type(layer) in (*ELEMENTWISE_LAYERS, nn.Identity)
-            or (type(layer) is nn.Flatten and layer.start_dim >= 1)
-            or (type(layer) is nn.Unflatten and isinstance(layer.dim, int) and layer.dim >= 1)
+        elif type(layer) is nn.Flatten and layer.start_dim >= 1:
+            self._put(Flat(layer.start_dim, layer.end_dim), inputs)
+        elif type(layer) in (*ELEMENTWISE_LAYERS, nn.Identity) or (
+            type(layer) is nn.Unflatten and isinstance(layer.dim, int) and layer.dim >= 1
         ):
             plain = copy.deepcopy(layer)
             if hasattr(plain, "inplace"):

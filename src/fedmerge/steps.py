@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     from .stack import StackedNet
 
 
+@dataclass
+class Kept:
+    """A stack of rows and its views: most methods go down on one from step to step."""
+
+    rows: Tensor | None = None
+    batch: Batch | None = None
+    descent: Descent | None = None
+
+
 @dataclass(frozen=True)
 class Step:
     """One mini-batch of k clients; see `algorithms.Step` for what a method may ask of it.
@@ -29,7 +39,9 @@ class Step:
     Attributes:
         index: (k, B) places in the pool.
         share: (k, B), an example's share of its batch's mean; 0 where there is none.
+        active: (k,) bool, which clients still have a batch. busy: how many they are.
         draws: a generator for each client, for dropout; `states` holds theirs one by one.
+        kept: views of the rows that the last step went down on, for the next.
     """
 
     engine: Engine
@@ -37,13 +49,11 @@ class Step:
     index: Tensor
     share: Tensor
     real: Tensor
+    active: Tensor
+    busy: int
     draws: list[torch.Generator]
     states: list[Tensor]
-
-    @property
-    def active(self) -> Tensor:
-        """(k,) bool: which clients still have a batch."""
-        return self.real.any(1)
+    kept: Kept
 
     @property
     def inputs(self) -> Tensor:
@@ -55,25 +65,19 @@ class Step:
         own = self.index - torch.from_numpy(self.examples.start)[:, None]
         return torch.where(self.real, table.gather(1, own.clamp_min(0)), 0.0)
 
-    def _each(self, r: int) -> Step:
-        """The same batches for k * r clients: r times each of the k."""
-        return replace(
-            self,
-            index=self.index.repeat_interleave(r, 0),
-            share=self.share.repeat_interleave(r, 0),
-            real=self.real.repeat_interleave(r, 0),
-            draws=[draw for draw in self.draws for _ in range(r)],
-        )
+    def _each(self, table: Tensor, r: int) -> Tensor:
+        """(k * r, ...): r times each of (k, ...)."""
+        return table if r == 1 else table.repeat_interleave(r, 0)
 
     def losses(self, rows: Tensor) -> Tensor:
         """(k, B) loss of each example under rows (k, P); 0 at places that are not real.
 
         For rows (k, r, P), r models of each client, (k, r, B).
         """
-        if rows.ndim == 3:
-            flat = self._each(rows.shape[1]).losses(rows.flatten(0, 1))
-            return flat.view(*rows.shape[:2], -1)
-        return self.engine.judge(rows, self.examples, self.index, self.real)[0]
+        r = rows.shape[1] if rows.ndim == 3 else 1
+        index, real = self._each(self.index, r), self._each(self.real, r)
+        found = self.engine.judge(rows.reshape(-1, rows.shape[-1]), self.examples, index, real)[0]
+        return found.view(*rows.shape[:-1], -1)
 
     def gradient(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """(k, n_params) gradient at rows (k, P) of the mean over the batch of weight * loss.
@@ -81,18 +85,22 @@ class Step:
         For rows (k, r, P) and weight (k, r, B), (k, r, n_params). Buffers inside `rows` (statistics
         of BatchNorm) are updated in place, as in training.
         """
-        net, n, at = self.engine.net, self.engine.layout.n_params, self._at
-        whole = net is not None and len(at) == len(rows)
+        net, n = self.engine.net, self.engine.layout.n_params
+        whole = net is not None and self.busy == len(rows)
         out = (rows.new_empty if whole else rows.new_zeros)(*rows.shape[:-1], n)
         if net is None:
             for place in self._places(rows):
                 out[place] = self._gradient_of_one(rows, place, weight)
         elif whole:
-            self._stacked(net, rows, weight, Gradient(out.view(-1, n), slice(0, n)))
+            batch = Batch(rows.reshape(-1, rows.shape[-1]))
+            self._stacked(net, rows, weight, batch, Gradient(out.view(-1, n), slice(0, n)))
+        elif self._first_are_busy:
+            first, part = slice(self.busy), None if weight is None else weight[: self.busy]
+            out[first] = self._of(first).gradient(rows[first], part)
         else:
+            at = self.active.nonzero()[:, 0]
             part = None if weight is None else weight.index_select(0, at)
-            found = self._of(at).gradient(rows.index_select(0, at), part)
-            out.index_copy_(0, at, found)
+            out.index_copy_(0, at, self._of(at).gradient(rows.index_select(0, at), part))
         return out
 
     def descend(
@@ -106,7 +114,7 @@ class Step:
             weight: as in `gradient`, or a function that makes it of `losses(rows)`, so that these
                 are not computed apart.
         """
-        net, n, at = self.engine.net, self.engine.layout.n_params, self._at
+        net, n = self.engine.net, self.engine.layout.n_params
         if (net is None or net.draws) and not (weight is None or isinstance(weight, Tensor)):
             # Losses are of the model as it is used, gradients are with dropout.
             weight = weight(self.losses(rows))
@@ -115,53 +123,76 @@ class Step:
                 known = weight if isinstance(weight, Tensor) else None
                 rate = lr[place[0]] if isinstance(lr, Tensor) else lr
                 rows[place][:n] -= rate * self._gradient_of_one(rows, place, known)
-        elif len(at) == len(rows):
+        elif self.busy == len(rows):
             if isinstance(lr, Tensor) and rows.ndim == 3:
                 lr = lr.repeat_interleave(rows.shape[1], 0)
-            flat = rows.view(-1, rows.shape[-1])
-            self._stacked(net, rows, weight, Descent(flat, lr, slice(0, n)))
+            kept = self.kept
+            if kept.rows is not rows or kept.batch is None or kept.descent is None:
+                flat = rows.view(-1, rows.shape[-1])
+                kept.rows, kept.batch = rows, Batch(flat)
+                kept.descent = Descent(flat, lr, slice(0, n))
+            self._stacked(net, rows, weight, kept.batch, replace(kept.descent, lr=lr))
+        elif self._first_are_busy:
+            first = slice(self.busy)
+            rate = lr[first] if isinstance(lr, Tensor) else lr
+            self._of(first).descend(rows[first], rate, _weights_of(len(rows), first, weight))
         else:
             # Not by a mask, with which a copy takes three times as long.
+            at = self.active.nonzero()[:, 0]
             work = rows.index_select(0, at)
             rate = lr.index_select(0, at) if isinstance(lr, Tensor) else lr
             self._of(at).descend(work, rate, _weights_of(len(rows), at, weight))
             rows.index_copy_(0, at, work)
 
     @property
-    def _at(self) -> Tensor:
-        """Places of the clients that still have a batch."""
-        return self.active.nonzero()[:, 0]
+    def _first_are_busy(self) -> bool:
+        """Whether those that still have a batch come first, as those with most examples do in a
+        group of a simulation: then nothing need be copied."""
+        return not bool(self.active[self.busy :].any())
 
-    def _of(self, places: Tensor) -> Step:
-        """The batches of the clients at some places."""
+    def _of(self, places: Tensor | slice) -> Step:
+        """The batches of the clients at some places, all of which have one."""
+        at = places.numpy() if isinstance(places, Tensor) else places
+        count = np.arange(len(self.index))[at]
         return replace(
             self,
-            examples=self.examples.take(places.numpy()),
-            index=self.index.index_select(0, places),
-            share=self.share.index_select(0, places),
-            real=self.real.index_select(0, places),
-            draws=[self.draws[i] for i in places.tolist()] if self.draws else [],
+            examples=self.examples.take(count),
+            index=self.index[places],
+            share=self.share[places],
+            real=self.real[places],
+            active=self.active[places],
+            busy=len(count),
+            draws=[self.draws[i] for i in count] if self.draws else [],
+            kept=Kept(),
         )
 
     @torch.no_grad()
     def _stacked(
-        self, net: StackedNet, rows: Tensor, weight: Tensor | Weighing | None, sink: Sink
+        self,
+        net: StackedNet,
+        rows: Tensor,
+        weight: Tensor | Weighing | None,
+        batch: Batch,
+        sink: Sink,
     ) -> None:
-        """Give the gradient at rows (k, P) or (k, r, P) to `sink`; every client has a batch."""
-        engine, each = self.engine, self if rows.ndim == 2 else self._each(rows.shape[1])
-        real = each.real.sum(1).tolist() if net.draws else ()
-        batch = Batch(rows.reshape(-1, rows.shape[-1]), each.draws, real)
-        x, y = self.examples.at(each.index)
-        share: Tensor | Weighing = each.share
+        """Give the gradient at rows (k, P) or (k, r, P), which are flat in `batch`, to `sink`;
+        every client has a batch."""
+        engine, r = self.engine, rows.shape[1] if rows.ndim == 3 else 1
+        draws = [draw for draw in self.draws for _ in range(r)]
+        numbers = self._each(self.real, r).sum(1).tolist() if net.draws else ()
+        batch = replace(batch, draws=draws, real=numbers)
+        x, y = self.examples.at(self._each(self.index, r))
+        every = self._each(self.share, r)
+        share: Tensor | Weighing = every
         if isinstance(weight, Tensor):
-            share = each.share * weight.reshape(each.share.shape)
+            share = every * weight.reshape(every.shape)
         elif weight is not None:
-            weigh = weight
+            weigh, real = weight, self._each(self.real, r)
 
             def of_outputs(output: Tensor) -> Tensor:
-                losses = torch.where(each.real, engine.judged(engine.answers(output), y), 0.0)
+                losses = torch.where(real, engine.judged(engine.answers(output), y), 0.0)
                 found = weigh(losses.view(*rows.shape[:-1], -1))
-                return each.share * found.reshape(each.share.shape)
+                return every * found.reshape(every.shape)
 
             share = of_outputs
         net.gradient(batch, x, y, share, sink, engine.training.loss)
@@ -197,14 +228,15 @@ class Step:
 
 
 def _weights_of(
-    k: int, places: Tensor, weight: Tensor | Weighing | None
+    k: int, places: Tensor | slice, weight: Tensor | Weighing | None
 ) -> Tensor | Weighing | None:
     """The same for the clients at some of k places; a function still sees all, some with loss 0."""
     if weight is None or isinstance(weight, Tensor):
-        return None if weight is None else weight.index_select(0, places)
+        return None if weight is None else weight[places]
 
     def of_some(losses: Tensor) -> Tensor:
         every = losses.new_zeros(k, *losses.shape[1:])
-        return weight(every.index_copy_(0, places, losses)).index_select(0, places)
+        every[places] = losses
+        return weight(every)[places]
 
     return of_some
