@@ -70,8 +70,18 @@ def lines_without_times(folder: Path) -> list[dict[str, Any]]:
     return [{**line, "seconds": 0} for line in found]
 
 
-def test_of_a_trial_the_log_is_kept_by_which_it_is_judged(tmp_path: Path) -> None:
+def test_of_a_trial_the_log_is_kept_by_which_it_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its place says that it is one. Until it has ended it can be gone on with like any run."""
+    saved: list[int] = []
+    save = Simulation.save
+
+    def counted(simulation: Simulation) -> None:
+        saved.append(len(simulation.history))
+        save(simulation)
+
+    monkeypatch.setattr(Simulation, "save", counted)
     config = load_config(None, {**TINY, "rounds": 4})
     settings = config.model_dump(mode="json")
     trial, cell = tmp_path / "tuning" / "one", tmp_path / "runs" / "one"
@@ -83,8 +93,11 @@ def test_of_a_trial_the_log_is_kept_by_which_it_is_judged(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         config.run(trial, stop, checkpoint_seconds=0, trial=True)
     assert contents(trial) == {"config.json", "log.jsonl", "checkpoint"}
+    assert saved.pop() == 2
+    saved.clear()
     for folder in (trial, cell):
         run_cell(settings, folder)
+    assert saved == [4]  # once, of the cell
     assert contents(trial) == {"config.json", "log.jsonl", "result.json"}
     assert contents(cell) == {*contents(trial), "checkpoint", "weights.npz"}
     assert lines_without_times(trial) == lines_without_times(cell)

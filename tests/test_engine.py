@@ -329,6 +329,16 @@ def test_layers_before_those_that_are_trained_are_computed_once(
     torch.testing.assert_close(end, wanted)
 
 
+def test_layers_without_parameters_are_no_reason_to_compute_anything_beforehand() -> None:
+    made = nn.Sequential(nn.Flatten(), nn.Linear(N_FEATURES, 4), nn.ReLU(), nn.Linear(4, N_CLASSES))
+    engine, layout, _rows = setting(lambda: made, BASE, "stacked")
+    assert engine.net is not None
+    assert len(engine.net.nodes) == 4
+    for part, first in (((0, layout.n_params), 0), (layout.last_layer, 3), ((0, 0), 0)):
+        settled, rest = engine.net.parted(slice(*part))
+        assert (len(settled.nodes), len(rest.nodes)) == (first, 4 - first)
+
+
 def test_a_model_that_has_diverged_spoils_no_others_settled_layers() -> None:
     engine, layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
     last = layout.last_layer
