@@ -263,6 +263,16 @@ def test_steps_are_the_same_whatever_order_clients_are_in(r: int, weighed: bool)
     torch.testing.assert_close(*slopes)
 
 
+def test_the_rate_may_be_another_in_every_step() -> None:
+    engine, _layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
+    data = examples().take(np.array([1, 1, 1, 1]))  # all have a batch in every step
+    wanted, rates = rows.clone(), iter((0.1, 0.3, torch.full((4, 1), 0.2), 0.1))
+    for step, lr in zip(engine.steps(data, KEYS, seed=3, epochs=1), rates, strict=True):
+        wanted -= lr * step.gradient(wanted)
+        step.descend(rows, lr)
+        torch.testing.assert_close(rows, wanted)
+
+
 def test_two_stacks_may_go_down_in_turn() -> None:
     """What is kept of one is not taken for the other."""
     engine, _layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
@@ -337,6 +347,37 @@ def test_layers_without_parameters_are_no_reason_to_compute_anything_beforehand(
     for part, first in (((0, layout.n_params), 0), (layout.last_layer, 3), ((0, 0), 0)):
         settled, rest = engine.net.parted(slice(*part))
         assert (len(settled.nodes), len(rest.nodes)) == (first, 4 - first)
+
+
+def alike(make: Callable[[], nn.Module], part: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """End rows of the stack, and of one client after another."""
+    (engine, _, rows), (other, _, _) = (setting(make, BASE, e) for e in ("stacked", "sequential"))
+    data = examples(dtype=rows.dtype)
+    ends = [e.fit(rows, data, KEYS, seed=3, epochs=4, only=part)[0] for e in (engine, other)]
+    assert not torch.equal(ends[0], rows)
+    return ends[0], ends[1]
+
+
+def test_layers_with_dropout_are_computed_in_every_step() -> None:
+    def make() -> nn.Module:
+        body = nn.Linear(N_FEATURES, 6), nn.Dropout(0.5), nn.Linear(6, N_CLASSES)
+        return nn.Sequential(*body).double()
+
+    torch.testing.assert_close(*alike(make, Layout.of(build(make, 1)).last_layer))
+
+
+def test_some_axes_are_made_one() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(N_FEATURES, 8), nn.Unflatten(1, (2, 2, 2)), nn.Flatten(1, 2),
+            nn.Linear(2, 3), nn.Flatten(-2), nn.Linear(12, N_CLASSES),
+        ).double()  # fmt: skip
+
+    with pytest.raises(ConfigError, match=r'layer "4" \(Flatten\)'):
+        alike(make, None)  # counted from the end it might be the clients' own
+    made = make()
+    made[4] = nn.Flatten(1, -1)  # type: ignore[index]
+    torch.testing.assert_close(*alike(lambda: made, None))
 
 
 def test_a_model_that_has_diverged_spoils_no_others_settled_layers() -> None:
