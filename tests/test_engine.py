@@ -370,7 +370,7 @@ def test_some_axes_are_made_one() -> None:
     def make() -> nn.Module:
         return nn.Sequential(
             nn.Linear(N_FEATURES, 8), nn.Unflatten(1, (2, 2, 2)), nn.Flatten(1, 2),
-            nn.Linear(2, 3), nn.Flatten(-2), nn.Linear(12, N_CLASSES),
+            nn.LayerNorm((4, 2)), nn.Flatten(-2), nn.Linear(8, N_CLASSES),
         ).double()  # fmt: skip
 
     with pytest.raises(ConfigError, match=r'layer "4" \(Flatten\)'):
