@@ -358,6 +358,25 @@ def alike(make: Callable[[], nn.Module], part: tuple[int, int] | None) -> tuple[
     return ends[0], ends[1]
 
 
+@pytest.mark.parametrize("counts", [(5, 0, 9, 0), (0, 7, 0, 7), (0, 0, 0, 0), (1, 1, 1, 1)])
+def test_clients_without_examples_stay_as_they_are(counts: tuple[int, ...]) -> None:
+    """Whatever is computed once, or in views: also the last client of the pool, and nobody."""
+    engine, layout, rows = setting(net(dtype=torch.float64), BASE, "stacked")
+    y = torch.zeros(9, dtype=torch.int64)
+    data = Examples.of([(normal(i, n, N_FEATURES).double(), y[:n]) for i, n in enumerate(counts)])
+    idle = torch.tensor(counts) == 0
+    for only in (layout.last_layer, None):
+        end, steps = engine.fit(rows, data, KEYS, seed=3, epochs=3, only=only)
+        work = rows.clone()
+        for step in engine.steps(data, KEYS, seed=3, epochs=3):
+            step.descend(work, BASE.lr)
+        for found in (end, work):
+            assert torch.equal(found[idle], rows[idle])
+            assert bool((found[~idle] != rows[~idle]).any(1).all())
+            assert bool(found.isfinite().all())
+        assert torch.equal(steps == 0, idle)
+
+
 def test_layers_with_dropout_are_computed_in_every_step() -> None:
     def make() -> nn.Module:
         body = nn.Linear(N_FEATURES, 6), nn.Dropout(0.5), nn.Linear(6, N_CLASSES)

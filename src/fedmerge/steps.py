@@ -152,17 +152,16 @@ class Step:
 
     def _of(self, places: Tensor | slice) -> Step:
         """The batches of the clients at some places, all of which have one."""
-        at = places.numpy() if isinstance(places, Tensor) else places
-        count = np.arange(len(self.index))[at]
+        at = np.arange(len(self.index))[places if isinstance(places, slice) else places.numpy()]
         return replace(
             self,
-            examples=self.examples.take(count),
+            examples=self.examples.take(at),
             index=self.index[places],
             share=self.share[places],
             real=self.real[places],
             active=self.active[places],
-            busy=len(count),
-            draws=[self.draws[i] for i in count] if self.draws else [],
+            busy=len(at),
+            draws=[self.draws[i] for i in at] if self.draws else [],
             kept=Kept(),
         )
 
