@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -106,6 +107,25 @@ def test_of_a_trial_the_log_is_kept_by_which_it_is_judged(
     found = read_result(trial)
     assert found is not None
     assert found["rounds"] == 4
+
+
+def test_a_log_is_on_the_disk_before_the_result_that_stands_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+    sync = os.fsync
+
+    def watched(handle: int) -> None:
+        sync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.append((path.name, path.read_bytes().count(b"\n") if path.is_file() else 0))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    run_cell(load_config(None, TINY).model_dump(mode="json"), tmp_path / "tuning" / "one")
+    assert [lines for name, lines in synced if name == "log.jsonl"] == [2]
+    # Under the names that they are written as, before they get their own.
+    names = [name for name, _ in synced if "." in name]
+    assert [name.lstrip(".").split(".")[0] for name in names] == ["config", "log", "result"]
 
 
 def test_defaults_are_those_of_the_evidence() -> None:

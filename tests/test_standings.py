@@ -155,4 +155,5 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
     for wrong in (f"20={folder}", f"10={docs}"):
         with pytest.raises(SystemExit):
             write_page([wrong], docs)
-        assert f'"{wrong}": wanted all or 30 or 10, "=" or "+=" and' in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert f'"{wrong}": wanted all or again or 30 or 10, "=" or "+=" and' in told

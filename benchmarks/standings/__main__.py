@@ -22,7 +22,10 @@ def main(line: Sequence[str] | None = None, docs: Path = DOCS) -> None:
     """Take in what is given, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.standings", description=__doc__)
     parser.add_argument(
-        "taken", nargs="*", metavar="NAME=FOLDER", help="all=, 30= or 10=FOLDER, or all+=FOLDER"
+        "taken",
+        nargs="*",
+        metavar="NAME=FOLDER",
+        help=f"{'=, '.join(COMPARISONS)}=FOLDER, or {next(iter(COMPARISONS))}+=FOLDER",
     )
     given = parser.parse_args(line)
     taken: dict[str, list[Result]] = {}

@@ -11,10 +11,12 @@ from fedmerge.report.statistics import SIGNIFICANCE
 from .standing import OURS, Result, Standing, score_of, worst_of
 
 COMPARISONS = {
-    "all": "All clients in every round",
-    "30": "With 30 % of the clients in a round",
-    "10": "With 10 % of the clients in a round",
+    "all": ("all", "All clients in every round"),
+    "again": ("all, again", "All clients in every round, tuned and run on other seeds"),
+    "30": ("30 %", "With 30 % of the clients in a round"),
+    "10": ("10 %", "With 10 % of the clients in a round"),
 }
+"""How each is named in a table, and its heading."""
 NEAR = 0.01
 """A loss that does not count."""
 
@@ -40,7 +42,7 @@ def page(comparisons: Mapping[str, Standing]) -> str:
         *short(comparisons),
     ]
     for name, standing in comparisons.items():
-        lines += ["", f"## {COMPARISONS[name]}", "", *_summary(standing)]
+        lines += ["", f"## {COMPARISONS[name][1]}", "", *_summary(standing)]
         lines += ["", "### What each method loses to the best", "", *_losses(standing)]
         lines += ["", "### FedMerge and the best rival", "", *_against(standing, score_of)]
         lines += ["", "### The worst tenth of the clients", "", *_against(standing, worst_of)]
@@ -121,7 +123,7 @@ def short(comparisons: Mapping[str, Standing]) -> Iterator[str]:
         for method in OURS:
             facts, n = _Facts.of(standing, method), len(standing.accurate)
             yield _row(
-                name if name == "all" else f"{name} %",
+                COMPARISONS[name][0],
                 f"`{method}`",
                 _text(mean(facts.lost.values())),
                 facts.largest,

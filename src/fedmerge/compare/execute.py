@@ -65,8 +65,9 @@ def execute(
         simulation = build(folder / files.CHECKPOINT)
     simulation.saves_last = not trial
     files.write_config(folder, config)
-    # The checkpoint decides: rounds after it are run, and logged, again.
-    files.write_log(folder, [log.to_json() for log in simulation.history])
+    if simulation.history or (folder / files.LOG).exists():
+        # The checkpoint decides: rounds after it are run, and logged, again.
+        files.write_log(folder, [log.to_json() for log in simulation.history])
     # Closed at once on Ctrl-C: that is when the simulation saves what it has.
     with closing(_rounds(simulation)) as rounds:
         for log in rounds:
@@ -79,6 +80,7 @@ def execute(
         if weights:
             files.write_arrays(folder / files.WEIGHTS, weights)
         result = _result(config, simulation, trial)
+        files.settle_log(folder)
         files.write_result(folder, result)
         if trial:  # of a long one, saved on the way
             shutil.rmtree(folder / files.CHECKPOINT, ignore_errors=True)

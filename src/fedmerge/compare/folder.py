@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -200,6 +201,12 @@ def append_log(folder: Path, log: Mapping[str, Any]) -> None:
     """Add one round; a line that a kill cuts in half is repaired by `write_log` on resuming."""
     with (folder / LOG).open("ab") as file:
         file.write(_line(log).encode())
+
+
+def settle_log(folder: Path) -> None:
+    """Make the log survive a power cut, before a result says that the run is finished."""
+    with (folder / LOG).open("ab") as file:
+        os.fsync(file.fileno())
 
 
 def read_json(
