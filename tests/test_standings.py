@@ -157,3 +157,14 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
             write_page([wrong], docs)
         told = capsys.readouterr().err
         assert f'"{wrong}": wanted all or again or 30 or 10, "=" or "+=" and' in told
+
+
+def test_two_comparisons_of_the_same_share_are_also_taken_together() -> None:
+    def held(score: float, seed: int) -> Standing:
+        methods = {"fedmerge": score, "fedmerge-ft": score, "ditto": 0.5}
+        return Standing([Result("x", "a", m, seed, s, 0.1, "") for m, s in methods.items()])
+
+    first, again = held(0.48, 0), held(0.46, 1)
+    lost = [line.split(" | ")[2] for line in short({"all": first, "again": again})][2:]
+    assert lost == [".020", ".020", ".040", ".040", ".030", ".030"]
+    assert len(list(short({"all": first, "10": again}))) == 2 + 4

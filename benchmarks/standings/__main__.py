@@ -47,8 +47,7 @@ def main(line: Sequence[str] | None = None, docs: Path = DOCS) -> None:
         except ValueError as error:
             parser.error(f"{name}: {error}")
     for name, standing in standings.items():
-        every = [run for runs in standing.runs.values() for run in runs.values()]
-        write(every, docs / "results" / f"{name}.csv")
+        write(standing.results(), docs / "results" / f"{name}.csv")
     found = {name: docs / "results" / f"{name}.csv" for name in COMPARISONS}
     held = {name: Standing(read(file)) for name, file in found.items() if file.is_file()}
     (docs / "results.md").write_text(page(held), encoding="utf-8")

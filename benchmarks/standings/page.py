@@ -119,11 +119,17 @@ def short(comparisons: Mapping[str, Standing]) -> Iterator[str]:
         "clients in a round", "", "mean loss", "largest", "best in", f"within {NEAR}",
         "worse than a rival", "better", "worst tenth behind",
     )  # fmt: skip
+    shown: dict[str, Standing] = {}
     for name, standing in comparisons.items():
+        shown[COMPARISONS[name][0]] = standing
+        if name == "again" and "all" in comparisons:
+            both = [*comparisons["all"].results(), *standing.results()]
+            shown["all, both"] = Standing(both)
+    for name, standing in shown.items():
         for method in OURS:
             facts, n = _Facts.of(standing, method), len(standing.accurate)
             yield _row(
-                COMPARISONS[name][0],
+                name,
                 f"`{method}`",
                 _text(mean(facts.lost.values())),
                 facts.largest,

@@ -65,12 +65,16 @@ class Standing:
             seeds = {tuple(sorted(runs)) for (at, _), runs in self.runs.items() if at == where}
             if len(seeds) > 1:
                 raise ValueError(f"{where}: not all methods have the same seeds: {sorted(seeds)}")
-        every = [run for runs in self.runs.values() for run in runs.values()]
+        every = self.results()
         self.complete = tuple(
             m for m in self.methods if all((where, m) in self.runs for where in self.settings)
         )
         losses = {run.where for run in every if run.worst_tenth is None}
         self.accurate = tuple(where for where in self.settings if where not in losses)
+
+    def results(self) -> list[Result]:
+        """All runs, one after another."""
+        return [run for runs in self.runs.values() for run in runs.values()]
 
     def mean(self, where: str, method: str) -> float:
         """The mean score over seeds."""
