@@ -1,4 +1,4 @@
-"""A race of points: all are tried on the first few seeds, those still in it on more.
+"""A race of points: all are tried on the first seed, those still in it on the next, and so on.
 
 So seeds are spent where it is open which point is best (Maron and Moore, 1997; Birattari et al.,
 2002). It reads what finished trials have written, and decides by validation data only.
@@ -17,14 +17,14 @@ from scipy.special import stdtr
 
 from .folder import LOG
 
-HEATS = (2, 1, 1, 2, 2)
-"""Seeds that a race goes on with."""
-OUT = 0.1
-"""A point is out once a one-sided paired t-test puts it behind the best with a p below this."""
+OUT = 0.3
+"""A point is out once a one-sided paired t-test puts it behind the best with a p below this. A
+stricter test costs more trials than it is worth: it tells apart points that are nearly as good."""
 FEW = 4
-SPREAD = 0.05
+SPREAD = 0.04
 """With fewer seeds than `FEW` differences may agree by chance: their standard deviation is taken to
-be `SPREAD` at least, of accuracy or of loss, so that only points far behind are out."""
+be `SPREAD` at least, of accuracy or of a loss of one, in proportion of a larger loss, so that only
+points far behind are out. With one seed those are that are behind by more than twice that."""
 Scores = Sequence[float | None]
 """Of one point, for each seed that it was tried with; None where it diverged."""
 
@@ -33,7 +33,7 @@ def contenders(scores: Mapping[int, Scores]) -> tuple[int, ...]:
     """Return which points may still be the best, by their scores with the same seeds, in order.
 
     Those that diverged are out, and those that a paired t-test over the seeds puts behind the best
-    mean (`OUT`); with one seed there is no test. If all diverged, none is left.
+    mean (`OUT`). If all diverged, none is left.
     """
     known = {
         point: np.array(values, dtype=float)
@@ -42,16 +42,16 @@ def contenders(scores: Mapping[int, Scores]) -> tuple[int, ...]:
     }
     if not known:
         return ()
-    best = max(known, key=lambda point: float(known[point].mean()))
-    return tuple(point for point in known if not _is_behind(known[best] - known[point]))
+    best = max(known.values(), key=lambda values: float(values.mean()))
+    spread = SPREAD * max(1.0, abs(float(best.mean())))
+    return tuple(p for p, values in known.items() if not _is_behind(best - values, spread))
 
 
-def _is_behind(lead: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
+def _is_behind(lead: np.ndarray[Any, np.dtype[np.float64]], spread: float) -> bool:
     """Whether what another leads by, for each seed, is beyond chance."""
     if len(lead) < 2:
-        return False
-    least = SPREAD if len(lead) < FEW else 0.0
-    error = max(least, lead.std(ddof=1)) / math.sqrt(len(lead))
+        return bool(lead[0] > 2 * spread)
+    error = max(spread if len(lead) < FEW else 0.0, lead.std(ddof=1)) / math.sqrt(len(lead))
     if not error:
         return bool(lead[0] > 0)
     return bool(stdtr(len(lead) - 1, -lead.mean() / error) < OUT)

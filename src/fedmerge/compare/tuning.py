@@ -7,7 +7,6 @@ is reported.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from ..errors import StateError
 from .cells import Cell, chosen_text, group_name, safe
 from .folder import CONFIG, RESULT, check_config, read_json, read_result, write_json
 from .grids import Point
-from .race import HEATS, contenders, mean, score
+from .race import contenders, mean, score
 
 if TYPE_CHECKING:
     from .runner import Outcome
@@ -200,21 +199,19 @@ class Tuning:
         if self._failed.get(group.name):
             return self._choose(group, ())
         field: tuple[int, ...] = tuple(range(len(group.points)))
-        first, ran = 0, 0
-        for last in _heats(len(group.trials[0])):
-            if len(field) < 2 and first:
+        ran = 0
+        for seed in range(len(group.trials[0])):
+            if len(field) < 2 and seed:
                 break
-            # Seed by seed: a worker that goes on with the same clients need not make them again.
-            heat = [group.trials[point][seed] for seed in range(first, last) for point in field]
+            heat = [group.trials[point][seed] for point in field]
             ran += len(heat)
             self._ran[group.name] = ran
-            self._later[group.name] = tuple(t for p in field for t in group.trials[p][last:])
+            self._later[group.name] = tuple(t for p in field for t in group.trials[p][seed + 1 :])
             todo = self._unfinished(heat)
             if todo:
                 self._open[group.name] = {cell.name for cell in todo}
                 return tuple(todo)
-            field = contenders({p: self._tried(group, p)[:last] for p in field})
-            first = last
+            field = contenders({p: self._tried(group, p)[: seed + 1] for p in field})
         return self._choose(group, field)
 
     def _tried(self, group: Group, point: int) -> list[float | None]:
@@ -269,12 +266,6 @@ class Tuning:
 
     def _path(self, group: Group) -> Path:
         return self._out / TUNING / f"{group.name}.json"
-
-
-def _heats(n_seeds: int) -> list[int]:
-    """How many seeds have been tried after each heat; what is left over is one more heat."""
-    ends = [end for end in itertools.accumulate(HEATS) if end < n_seeds]
-    return [*ends, n_seeds]
 
 
 def _write_choice(path: Path, group: Group, choice: Choice) -> None:
