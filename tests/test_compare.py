@@ -25,7 +25,8 @@ from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
 from fedmerge.compare.folder import FORMAT, check_beside, locked, write_config
 from fedmerge.compare.runner import Crew, Outcome
-from fedmerge.config import load_config, run_cell
+from fedmerge.compare.worker import run_cell
+from fedmerge.config import load_config
 from fedmerge.errors import ConfigError, MissingExtraError, StateError
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -386,7 +387,7 @@ def test_a_killed_worker_is_told_at_the_end(tmp_path: Path) -> None:
         "1,0",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmerge.cli.run_cell", one_killed)
+        patch.setattr("fedmerge.compare.worker.run_cell", one_killed)
         result = call("compare", *names, *TINY, "--workers", "1", "--out", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
@@ -527,7 +528,7 @@ def test_why_cells_failed_is_said_though_tables_fail_too(tmp_path: Path) -> None
 
     names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0-1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmerge.cli.run_cell", one_killed)
+        patch.setattr("fedmerge.compare.worker.run_cell", one_killed)
         patch.setattr("fedmerge.compare.results.write_bytes", full)
         result = call("compare", *names, *TINY, "--workers", "1", "--out", tmp_path)
     assert result.exit_code == 2

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedmerge.compare import worker
 from fedmerge.compare.folder import read_result, write_result
 from fedmerge.compare.race import score
-from fedmerge.config import RunConfig, load_config, run_cell
+from fedmerge.compare.worker import run_cell
+from fedmerge.config import RunConfig, load_config
 from fedmerge.data import Federation
 from fedmerge.errors import ConfigError, StateError
 from fedmerge.sim import RoundLog, Simulation
@@ -59,7 +61,24 @@ def test_cells_with_the_same_clients_share_them_and_give_what_a_run_alone_gives(
         found = read_result(tmp_path / str(i))
         assert found is not None
         assert {**found, "seconds": 0} == {**alone, "seconds": 0}
-    assert made == [1, 2, 1]
+    assert made == [1, 2]
+
+
+def test_of_large_data_no_clients_but_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(seed: int) -> RunConfig:
+        return load_config(None, {**TINY, "seed": seed})
+
+    monkeypatch.setattr(worker, "_kept", {})
+    size = worker._bytes(config(1).federation())
+    monkeypatch.setattr(worker, "ROOM", 2 * size)
+    kept = [worker._kept_federation(config(seed)) for seed in (1, 2, 3, 1)]
+    assert kept[3] is kept[0]
+    assert [key[3] for key in worker._kept] == [2, 3, 1]
+    worker._kept_federation(config(4))  # three are too large together: the oldest goes
+    assert [key[3] for key in worker._kept] == [3, 1, 4]
+    monkeypatch.setattr(worker, "ROOM", size - 1)
+    worker._kept_federation(config(5))
+    assert [key[3] for key in worker._kept] == [5]
 
 
 def contents(folder: Path) -> set[str]:

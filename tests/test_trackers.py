@@ -22,7 +22,8 @@ from fedmerge.compare import trackers
 from fedmerge.compare.execute import execute
 from fedmerge.compare.folder import COMPARISON
 from fedmerge.compare.trackers import check_trackers, tracked
-from fedmerge.config import RunConfig, prepare_worker
+from fedmerge.compare.worker import prepare_worker
+from fedmerge.config import RunConfig
 from fedmerge.errors import ConfigError, MissingExtraError
 
 CONFIG = RunConfig(

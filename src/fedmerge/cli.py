@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .config import RunConfig, load_config, prepare_worker, run_cell
+from .config import RunConfig, load_config
 from .deploy.command import deploy, status
 from .errors import ConfigError
 from .lines import OneLine, StoppedError, complain, debugging
@@ -232,7 +232,7 @@ def compare(
     from .workers import get_ready
 
     # While everything is being checked here.
-    get_ready("fedmerge.config", "sklearn.cluster", "sklearn.datasets")
+    get_ready("fedmerge.compare.worker", "sklearn.cluster", "sklearn.datasets")
     from .compare.presets import Names, make_protocol
 
     protocol = make_protocol(
@@ -253,6 +253,7 @@ def compare(
         from .compare.grids import grid_points
         from .compare.runner import Crew
         from .compare.tuning import Tuning, make_groups
+        from .compare.worker import prepare_worker, run_cell
 
         def configure(data: str, setting: str, method: str, seed: int) -> dict[str, Any]:
             own = {"data": data, "setting": setting, "method": method, "seed": seed}

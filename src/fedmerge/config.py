@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -255,39 +255,6 @@ class RunConfig(BaseModel):
 def import_core() -> None:
     """Import what every run needs, which takes a worker process seconds."""
     from . import algorithms, data, models, sim  # noqa: F401
-
-
-def prepare_worker(trackers_down: Collection[str] = ()) -> None:
-    """Import the core; what there is to say of data and trackers, the command itself has said."""
-    import warnings
-
-    import_core()
-    from .compare.trackers import leave_out
-    from .data import DataWarning
-
-    leave_out(trackers_down)
-
-    warnings.simplefilter("ignore", DataWarning)
-
-
-def run_cell(config: dict[str, Any], folder: Path) -> None:
-    """Run the settings `config` in `folder`; what a worker process of a comparison does."""
-    from .compare.tuning import TUNING
-
-    trial = folder.parent.name == TUNING
-    load_config(None, config).run(folder, clients=_kept_federation, trial=trial)
-
-
-_kept: dict[tuple[object, ...], Federation] = {}
-"""The clients of the last cell, which are often those of the next."""
-
-
-def _kept_federation(config: RunConfig) -> Federation:
-    key = (config.data, config.setting, config.clients, config.seed, config.train_fraction)
-    if key not in _kept:
-        _kept.clear()  # first, since there may be room for one only
-        _kept[key] = config.federation()
-    return _kept[key]
 
 
 def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:

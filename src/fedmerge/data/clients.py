@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -145,7 +146,11 @@ def check_federation(federation: Federation) -> None:
     type than the contract's, NaN or infinite values, labels out of range, one class only, and
     an example (by `source`) in two clients or two splits. A class that some client has, but none
     in its training split, cannot be learned; it gives a DataWarning.
+
+    A federation is looked at once: what is found good is not looked at again.
     """
+    if federation in _good:
+        return
     clients = federation.clients
     if not clients:
         raise DataError(
@@ -165,6 +170,10 @@ def check_federation(federation: Federation) -> None:
             _check_values(federation, client, name, split)
     _check_classes(federation)
     _check_sources(federation)
+    _good.add(federation)
+
+
+_good: WeakSet[Federation] = WeakSet()
 
 
 def shape_error(
