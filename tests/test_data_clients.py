@@ -197,6 +197,28 @@ def test_the_guard_names_client_split_and_count_of_bad_values() -> None:
         check_federation(with_split(fed, y=bad))
 
 
+def test_what_the_guard_found_good_it_does_not_look_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[Split] = []
+    loaded = Split.loaded
+
+    def counted(split: Split) -> Split:
+        looked.append(split)
+        return loaded(split)
+
+    fed = federation()
+    bad = with_split(fed, x=nan_at(fed.clients[1].train.x, float("nan")))
+    monkeypatch.setattr(Split, "loaded", counted)
+    check_federation(fed)
+    assert not looked  # `from_tensors` has
+    check_federation(replace(fed))
+    assert len(looked) == 6
+    for _ in range(2):
+        with pytest.raises(DataError, match="1 NaN"):
+            check_federation(bad)
+
+
 def test_the_guard_refuses_no_clients_and_double_ids() -> None:
     fed = federation()
     with pytest.raises(DataError, match='federation "own": 0 clients'):
