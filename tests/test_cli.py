@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from fedmerge.cli import _check_cells, app
+from fedmerge.cli import app
 from fedmerge.compare.cells import Cell
+from fedmerge.comparison import check_cells
 from fedmerge.config import RunConfig, load_config
 from fedmerge.data import DataWarning, make_federation
 from fedmerge.errors import MissingExtraError
@@ -76,7 +77,7 @@ def timeless(result: dict[str, Any]) -> dict[str, Any]:
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import sys
-from fedmerge.cli import _check_cells, app
+from fedmerge.cli import app
 from fedmerge.compare.cells import Cell
 try:
     app(["--help"])
@@ -239,7 +240,7 @@ def test_every_other_setting_is_an_option_of_compare(
             return []
 
     monkeypatch.setattr("fedmerge.compare.runner.Crew", NoCrew)
-    monkeypatch.setattr("fedmerge.cli._check_cells", lambda cells, quiet: None)
+    monkeypatch.setattr("fedmerge.comparison.check_cells", lambda cells, quiet: None)
     own = {key: value for key, value in OTHER.items() if key not in NAMED}
     names = ("--data", f"gaussian,{tmp_path / 'own.csv'}", "--settings", "domain,natural")
     names += ("--methods", "fedavg", "--seeds", "3,5")
@@ -413,7 +414,7 @@ def test_what_is_odd_about_the_data_of_any_seed_is_said(tmp_path: Path) -> None:
     shared = {"data": str(table), "setting": "natural", "method": "fedavg"}
     cells = [Cell(f"s{seed}", {**shared, "seed": seed}) for seed in (good, odd)]
     with pytest.warns(DataWarning, match="no client trains on label 2"):
-        _check_cells(cells)
+        check_cells(cells)
 
 
 def test_report_makes_the_page_of_one_run(tmp_path: Path) -> None:

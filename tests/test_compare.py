@@ -25,7 +25,7 @@ from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
 from fedmerge.compare.folder import FORMAT, check_beside, locked, write_config
 from fedmerge.compare.runner import Crew, Outcome
-from fedmerge.compare.worker import run_cell
+from fedmerge.comparison import run_cell
 from fedmerge.config import load_config
 from fedmerge.errors import ConfigError, MissingExtraError, StateError
 
@@ -333,7 +333,7 @@ def test_results_are_complete_and_in_the_order_asked_for(tmp_path: Path) -> None
     (tmp_path / "results.jsonl").unlink()
     todo: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmerge.cli._check_cells", lambda cells, quiet: todo.extend(cells))
+        patch.setattr("fedmerge.comparison.check_cells", lambda cells, quiet: todo.extend(cells))
         patch.setattr("fedmerge.compare.screen.write_report", missing)
         again = call("compare", *names, "--seeds", "1,0", *TINY, "--out", tmp_path)
     assert again.exit_code == 0
@@ -387,7 +387,7 @@ def test_a_killed_worker_is_told_at_the_end(tmp_path: Path) -> None:
         "1,0",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmerge.compare.worker.run_cell", one_killed)
+        patch.setattr("fedmerge.comparison.run_cell", one_killed)
         result = call("compare", *names, *TINY, "--workers", "1", "--out", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
@@ -528,7 +528,7 @@ def test_why_cells_failed_is_said_though_tables_fail_too(tmp_path: Path) -> None
 
     names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0-1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmerge.compare.worker.run_cell", one_killed)
+        patch.setattr("fedmerge.comparison.run_cell", one_killed)
         patch.setattr("fedmerge.compare.results.write_bytes", full)
         result = call("compare", *names, *TINY, "--workers", "1", "--out", tmp_path)
     assert result.exit_code == 2

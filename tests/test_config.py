@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedmerge.compare import worker
+from fedmerge import comparison
 from fedmerge.compare.folder import read_result, write_result
 from fedmerge.compare.race import score
-from fedmerge.compare.worker import run_cell
+from fedmerge.comparison import run_cell
 from fedmerge.config import RunConfig, load_config
 from fedmerge.data import Federation
 from fedmerge.errors import ConfigError, StateError
@@ -68,17 +68,17 @@ def test_of_large_data_no_clients_but_the_last_are_kept(monkeypatch: pytest.Monk
     def config(seed: int) -> RunConfig:
         return load_config(None, {**TINY, "seed": seed})
 
-    monkeypatch.setattr(worker, "_kept", {})
-    size = worker._bytes(config(1).federation())
-    monkeypatch.setattr(worker, "ROOM", 2 * size)
-    kept = [worker._kept_federation(config(seed)) for seed in (1, 2, 3, 1)]
+    monkeypatch.setattr(comparison, "_kept", {})
+    size = comparison._bytes(config(1).federation())
+    monkeypatch.setattr(comparison, "ROOM", 2 * size)
+    kept = [comparison._kept_federation(config(seed)) for seed in (1, 2, 3, 1)]
     assert kept[3] is kept[0]
-    assert [key[3] for key in worker._kept] == [2, 3, 1]
-    worker._kept_federation(config(4))  # three are too large together: the oldest goes
-    assert [key[3] for key in worker._kept] == [3, 1, 4]
-    monkeypatch.setattr(worker, "ROOM", size - 1)
-    worker._kept_federation(config(5))
-    assert [key[3] for key in worker._kept] == [5]
+    assert [key[3] for key in comparison._kept] == [2, 3, 1]
+    comparison._kept_federation(config(4))  # three are too large together: the oldest goes
+    assert [key[3] for key in comparison._kept] == [3, 1, 4]
+    monkeypatch.setattr(comparison, "ROOM", size - 1)
+    comparison._kept_federation(config(5))
+    assert [key[3] for key in comparison._kept] == [5]
 
 
 def contents(folder: Path) -> set[str]:

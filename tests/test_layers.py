@@ -19,7 +19,7 @@ LAYERS = (
     ("soup", "roster", "storage", "safety", "algorithms", "models", "data"),
     ("sim",),
     ("compare", "report", "flower", "deploy"),
-    ("config", "cli", "lines", "__main__"),
+    ("config", "comparison", "cli", "lines", "__main__"),
 )  # fmt: skip
 """Modules and packages by layer. The package's own `__init__`, its public face, is exempt."""
 HEAVY = {

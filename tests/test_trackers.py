@@ -22,7 +22,7 @@ from fedmerge.compare import trackers
 from fedmerge.compare.execute import execute
 from fedmerge.compare.folder import COMPARISON
 from fedmerge.compare.trackers import check_trackers, tracked
-from fedmerge.compare.worker import prepare_worker
+from fedmerge.comparison import prepare_worker
 from fedmerge.config import RunConfig
 from fedmerge.errors import ConfigError, MissingExtraError
 

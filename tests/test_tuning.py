@@ -29,7 +29,7 @@ from fedmerge.compare.grids import Point, grid_points
 from fedmerge.compare.race import contenders, score
 from fedmerge.compare.runner import Outcome
 from fedmerge.compare.tuning import Group, Tuning, make_groups
-from fedmerge.compare.worker import run_cell
+from fedmerge.comparison import run_cell
 from fedmerge.errors import ConfigError, StateError
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -570,7 +570,7 @@ def trial_killed(config: dict[str, Any], folder: Path) -> None:
 
 def test_failed_trials_are_told_and_all_cells_are_there(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmerge.compare.worker.run_cell", trial_killed)
+        patch.setattr("fedmerge.comparison.run_cell", trial_killed)
         result = call(*TUNED, "--rounds", "2", "--workers", "1", "--out", tmp_path)
     assert result.exit_code == 1
     errors = result.stderr.splitlines()

@@ -7,11 +7,8 @@ only inside the command that needs them.
 from __future__ import annotations
 
 import inspect
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial, wraps
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +17,9 @@ import typer
 from .config import RunConfig, load_config
 from .deploy.command import deploy, status
 from .errors import ConfigError
-from .lines import OneLine, StoppedError, complain, debugging
+from .lines import OneLine, StoppedError
 
 if TYPE_CHECKING:
-    from .compare.cells import Cell
     from .sim import RoundLog
 
 app = typer.Typer(
@@ -232,11 +228,12 @@ def compare(
     from .workers import get_ready
 
     # While everything is being checked here.
-    get_ready("fedmerge.compare.worker", "sklearn.cluster", "sklearn.datasets")
-    from .compare.presets import Names, make_protocol
+    get_ready("fedmerge.comparison", "sklearn.cluster", "sklearn.datasets")
+    from .compare.presets import make_protocol
+    from .comparison import NAMES, run_comparison
 
     protocol = make_protocol(
-        Names(_every_setting, _every_method, _fits),
+        NAMES,
         preset=preset,
         data=data,
         settings=settings,
@@ -246,137 +243,8 @@ def compare(
         tuning_seeds=tuning_seeds,
         tuning=tuning,
     )
-    done = total = 0
-    try:
-        from .compare import cells as parts
-        from .compare import folder, screen, trackers
-        from .compare.grids import grid_points
-        from .compare.runner import Crew
-        from .compare.tuning import Tuning, make_groups
-        from .compare.worker import prepare_worker, run_cell
-
-        def configure(data: str, setting: str, method: str, seed: int) -> dict[str, Any]:
-            own = {"data": data, "setting": setting, "method": method, "seed": seed}
-            sizes = protocol.sizes(data, setting, overrides)
-            return load_config(None, {**sizes, **own}).model_dump(mode="json")
-
-        @cache
-        def n_clients(data: str, setting: str) -> int:
-            config = load_config(None, configure(data, setting, "fedavg", protocol.seeds[0]))
-            if config.clients:
-                return config.clients
-            with screen.waiting(f"{data}: loading", quiet):
-                return len(config.federation().clients)
-
-        def points(data: str, setting: str, method: str) -> Any:
-            usual = configure(data, setting, method, protocol.seeds[0])
-            return grid_points(method, protocol.trials, n_clients(data, setting), usual)
-
-        cells = parts.make_cells(configure, protocol.pairs, protocol.methods, protocol.seeds)
-        groups = make_groups(cells, points, protocol.tuning_seeds)
-        folder.check_writable(out)
-        failures = []
-        with folder.locked(out):
-            folder.check_facts(out, protocol.facts())
-            folder.check_beside(out, [cell.config for cell in cells])
-            plan = Tuning(groups, out)
-            total, done = plan.total, plan.done
-            size = min(workers or os.cpu_count() or 1, total - done)
-            down = trackers.prepare(tracked if size else (), out)
-            try:
-                _check_cells(plan.unfinished(), quiet)
-                folder.claim_comparison(out, protocol.facts())
-                crew = Crew(run_cell, size, partial(prepare_worker, down))
-                bar = screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials))
-                with crew, bar as show:
-                    for outcome in crew.run(plan.ready(), out, plan.after):
-                        total = plan.total
-                        show(outcome.cell, total)
-                        done += outcome.error is None
-                        if outcome.error is not None:
-                            failures.append(outcome)
-                notes = screen.tuning_notes(plan, protocol.trials)
-                screen.print_comparison(plan.cells(), out, notes)
-            finally:  # whatever else went wrong: it may well be the same
-                for failure in failures:
-                    if debugging():
-                        print(failure.details, file=sys.stderr)
-                    complain(f"{failure.cell.name}: {failure.error}")
-    except KeyboardInterrupt as error:
-        what = "runs (trials and cells)" if protocol.trials else "cells"
-        kept = (
-            f"{done} of {total} {what} are finished and kept in {out}"
-            if total
-            else "no cell has run"
-        )
-        raise StoppedError(f"stopped; {kept}; the same command goes on from there") from error
-    untuned = plan.failures()
-    for name, choice in untuned.items():
-        again = "the same command tries them again"
-        if plan.finished(name):
-            again = (
-                f"remove {out}/tuning/{name}.json and {out}/runs/{name}--s* and give the same "
-                "command to tune it again"
-            )
-        complain(
-            f"{name} was not tuned, as {len(choice.failed)} of its trials failed: it has the "
-            f"method's defaults; {again}"
-        )
-    lost = [failure.cell for failure in failures if failure.cell.root == parts.RUNS]
-    if lost:
-        complain(
-            f"{len(lost)} of {len(cells)} cells failed; the others are kept in {out}, "
-            "and the same command runs only those that failed again"
-        )
-    if failures or untuned:
+    if not run_comparison(protocol, overrides, out, workers, tracked, quiet):
         raise typer.Exit(1)
-
-
-def _every_setting() -> Iterable[str]:
-    from .data import SETTINGS
-
-    return SETTINGS
-
-
-def _every_method() -> Iterable[str]:
-    from .algorithms import METHODS
-
-    return METHODS
-
-
-def _fits(data: str, setting: str) -> bool:
-    from .data.catalog import fits
-    from .data.settings import is_natural
-
-    return fits(data, is_natural(setting))
-
-
-def _check_cells(cells: Sequence[Cell], quiet: bool = False) -> None:
-    """Build each method in each setting once, so that what cannot run is said before all work.
-
-    So is what is odd about the clients of the first seed where anything is: workers do not say it.
-    """
-    from .compare.screen import waiting
-    from .data import DataWarning
-
-    first: dict[tuple[str, str], dict[str, RunConfig]] = {}
-    seeds: dict[tuple[str, str], dict[int, RunConfig]] = {}
-    for cell in cells:
-        config = load_config(None, cell.config)
-        first.setdefault((config.data, config.setting), {}).setdefault(config.method, config)
-        seeds.setdefault((config.data, config.setting), {}).setdefault(config.seed, config)
-    for pair, methods in first.items():
-        for config in seeds[pair].values():
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always", DataWarning)
-                with waiting(f"{config.data}, {config.setting}: loading and dividing", quiet):
-                    federation = config.federation()
-            for one in found:
-                warnings.warn(one.message, stacklevel=2)
-            if any(issubclass(one.category, DataWarning) for one in found):
-                break
-        for config in methods.values():
-            config.simulation(federation)
 
 
 @app.command()
