@@ -81,6 +81,21 @@ def test_of_large_data_no_clients_but_the_last_are_kept(monkeypatch: pytest.Monk
     assert [key[3] for key in comparison._kept] == [5]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"data": "gaussian"}, {"setting": "domain"}, {"clients": 5}, {"seed": 2}]
+    + [{"train_fraction": 0.3}],
+)
+def test_other_clients_are_not_taken_for_those_that_are_kept(
+    monkeypatch: pytest.MonkeyPatch, other: dict[str, object]
+) -> None:
+    monkeypatch.setattr(comparison, "_kept", {})
+    first, second = (load_config(None, {**TINY, **own}) for own in ({}, other))
+    kept = comparison._kept_federation(first)
+    assert comparison._kept_federation(second) is not kept
+    assert comparison._kept_federation(first) is kept
+
+
 def contents(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
