@@ -83,8 +83,13 @@ def test_of_large_data_no_clients_but_the_last_are_kept(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     "other",
-    [{"data": "gaussian"}, {"setting": "domain"}, {"clients": 5}, {"seed": 2}]
-    + [{"train_fraction": 0.3}],
+    [
+        {"data": "gaussian"},
+        {"setting": "domain"},
+        {"clients": 5},
+        {"seed": 2},
+        {"train_fraction": 0.3},
+    ],
 )
 def test_other_clients_are_not_taken_for_those_that_are_kept(
     monkeypatch: pytest.MonkeyPatch, other: dict[str, object]
