@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "rng", "params", "store", "values", "workers", "codec", "guard", "kernels", "loops"),
     ("merging", "pace", "sums", "sketches", "local", "ops", "stack", "network", "engine", "steps",
      "robust", "privacy", "peers", "kinds", "own"),
-    ("soup", "roster", "storage", "safety", "algorithms", "models", "data"),
+    ("soup", "tickets", "roster", "storage", "safety", "algorithms", "models", "data"),
     ("sim",),
     ("compare", "report", "flower", "deploy"),
     ("config", "comparison", "cli", "lines", "__main__"),

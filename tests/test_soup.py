@@ -24,7 +24,7 @@ from core_fixture import (
     play,
     soup_tensors,
 )
-from fedmerge import soup as server
+from fedmerge import tickets
 from fedmerge.algorithms import (
     IFCA,
     FedAvg,
@@ -35,7 +35,8 @@ from fedmerge.algorithms import (
     make_method,
 )
 from fedmerge.errors import ConfigError, ModelError, StateError
-from fedmerge.soup import Refusal, Soup
+from fedmerge.soup import Soup
+from fedmerge.tickets import Refusal
 
 COHORTS = (("a", "b", "c"), ("b", "d"), ("a", "d", "e", "c"))
 
@@ -567,13 +568,13 @@ def test_the_reference_rule_judges_by_the_last_layer_whatever_the_blocks(blocks:
 
 def test_each_row_is_hashed_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
-    original = server._digests
+    original = tickets._digests
 
     def counting(rows: Any, k: int) -> list[str]:
         hashed.append(k)
         return original(rows, k)
 
-    monkeypatch.setattr(server, "_digests", counting)
+    monkeypatch.setattr(tickets, "_digests", counting)
     soup = make_soup()
     sent = soup.send(["a", "b", "c"])
     assert soup.send(["c", "a"]).tickets == (sent.tickets[2], sent.tickets[0])

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from .models import make_model
     from .params import Layout
     from .sim import RoundLog, Simulation
-    from .soup import Refusal, Sent, Soup
+    from .soup import Sent, Soup
+    from .tickets import Refusal
 
 __version__ = "0.1.0"
 
@@ -76,7 +77,8 @@ _MODULES = {
     "models": "make_model",
     "params": "Layout",
     "sim": "RoundLog Simulation",
-    "soup": "Refusal Sent Soup",
+    "soup": "Sent Soup",
+    "tickets": "Refusal",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -1,4 +1,4 @@
-"""The server: what it keeps, whom it has sent what, and which updates it takes.
+"""The server of any method: what it keeps, what it sends, and how a round ends.
 
 A soup is a method with its state, and it knows no engine: whoever moves the bytes calls `send`,
 `fold` and `commit`. Local training and evaluation are elsewhere.
@@ -7,8 +7,6 @@ A soup is a method with its state, and it knows no engine: whoever moves the byt
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,23 +19,13 @@ from torch import Tensor
 
 from . import kernels
 from .algorithms import Algorithm, Fold, Setup, Tensors, Ticket, Updates
-from .errors import ConfigError, ModelError, StateError
-from .merging import finite_rows
+from .errors import ConfigError, StateError
 from .params import Blocks, Layout, ModelSource, build
 from .roster import Roster
 from .safety import Reason, Safety
 from .storage import Kept, Storage
 from .store import has_state, load_state, save_state
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An update that was not taken: unknown client, stale or duplicate ticket, wrong shape, dtype
-    or contents, a number that is not finite, or no examples behind it; with a `Guard`, too long, or
-    of a client set aside. An adapter adds foreign (another client's ticket) and malformed."""
-
-    client: str
-    reason: Reason
+from .tickets import Refusal, Tickets
 
 
 @dataclass(frozen=True)
@@ -228,8 +216,7 @@ class Soup:
 
     def tickets(self, clients: Sequence[str], rows: Tensors | None = None) -> tuple[Ticket, ...]:
         """Those that `send` would give the clients now. rows: theirs, if known."""
-        self._name(clients, rows)
-        return tuple(Ticket(c, self.version, self._digests[c]) for c in clients)
+        return self._tickets.give(clients, rows)
 
     def used(self, clients: Sequence[str]) -> Tensor:
         """(k, r, P): what `clients` would be given now to be used; not always what they train."""
@@ -246,24 +233,14 @@ class Soup:
         Raises:
             ModelError: a stack whose parts are not of one length.
         """
-        parts = [updates.delta, updates.n_examples, updates.steps, updates.lr]
-        if any(len(part) != len(updates) for part in [*parts, *updates.extra.values()]):
-            raise ModelError(
-                f"updates of {len(updates)} tickets have parts of {[len(p) for p in parts]} "
-                "clients: wanted one row of each for every ticket"
-            )
         refusals: list[Refusal] = []
         taken: list[int] = []
-        new = {t.client for t in updates.tickets if t.client not in self._digests}
-        self._name([client for client in new if client in self._roster])
-        sound = self._sound(updates)
-        for i, ticket in enumerate(updates.tickets):
-            reason = self._judge(updates, i, sound[i])
+        # One by one: to refuse an update may set its client aside.
+        for i, reason in enumerate(self._tickets.judge(updates)):
             if reason is None:
-                self._seen.add(ticket.client)
                 taken.append(i)
             else:
-                refusals.append(self.refuse(ticket.client, reason))
+                refusals.append(self.refuse(updates.tickets[i].client, reason))
         if taken:
             if self.ordered:
                 self._waiting.update((updates.tickets[i].client, updates.take([i])) for i in taken)
@@ -297,12 +274,12 @@ class Soup:
         """
         if not self.safety.idle:
             raise ConfigError("guard, robust and privacy do not go with updates folded elsewhere")
-        again = self._seen.intersection(gathered.clients)
+        again = self._tickets.seen.intersection(gathered.clients)
         if gathered.version != self.version or again:
             what = f'"{min(again)}" twice' if again else f"round {gathered.version + 1}"
             raise StateError(f"updates of {what} in round {self.version + 1}: wanted each once")
         self._round.join(gathered.fold)
-        self._seen.update(gathered.clients)
+        self._tickets.seen.update(gathered.clients)
         self._folded += gathered.clients
         for refusal in gathered.refusals:
             self.refuse(refusal.client, refusal.reason)
@@ -333,11 +310,11 @@ class Soup:
             setup = self.setup
             kept = self.storage.sum(setup.layout, self.shared["models"], setup.seed, self.version)
         self._round = Fold(kept)
-        self._seen: set[str] = set()
+        self._tickets = Tickets(
+            self.algorithm, self.setup, self.shared, self.version, self._roster, self.safety
+        )
         self._folded: list[str] = []
         self._waiting: dict[str, Updates] = {}
-        # Of clients' rows, which stay what they are until the round ends.
-        self._digests: dict[str, str] = {}
 
     def _fold(self, updates: Updates) -> None:
         clients = [t.client for t in updates.tickets]
@@ -345,45 +322,6 @@ class Soup:
         updates = self.safety.prepare(updates, self.setup.layout)
         self.algorithm.fold(self.setup, self.shared, rows, updates, self._round, self.version)
         self._folded += clients
-
-    def _judge(self, updates: Updates, i: int, numbers: Reason | None) -> Reason | None:
-        ticket = updates.tickets[i]
-        if ticket.client not in self._digests:
-            return "unknown"
-        if ticket.version != self.version or ticket.row != self._digests[ticket.client]:
-            return "stale"
-        if ticket.client in self._seen:
-            return "duplicate"
-        extra = {name: value[i] for name, value in updates.extra.items()}
-        if numbers == "shape" or not self.algorithm.fits(self.shared, extra):
-            return "shape"
-        return numbers or self.safety.judge(ticket.client, updates.delta[i], self.setup)
-
-    def _sound(self, updates: Updates) -> list[Reason | None]:
-        """What is wrong with the numbers of each update, whoever sent it."""
-        layout, delta = self.setup.layout, updates.delta
-        if delta.shape[1:] != self.algorithm.update_shape(layout) or delta.dtype != layout.dtype:
-            return ["shape"] * len(updates)
-        # Lists: to look at a tensor's numbers one by one takes long.
-        counts = zip(updates.n_examples.tolist(), updates.steps.tolist(), strict=True)
-        rates = zip(finite_rows(delta), updates.lr.tolist(), strict=True)
-        return [
-            "empty"
-            if not (n > 0 and steps > 0)
-            else None
-            if finite and 0 < lr < math.inf
-            else "non-finite"
-            for (n, steps), (finite, lr) in zip(counts, rates, strict=True)
-        ]
-
-    def _name(self, clients: Sequence[str], rows: Tensors | None = None) -> None:
-        """See to it that `self._digests` has those of `clients`; `rows` are what `send` reads of
-        theirs, if at hand."""
-        if all(client in self._digests for client in clients):
-            return
-        if rows is None:
-            rows = self._roster.rows(clients, self.algorithm.sends_by)
-        self._digests.update(zip(clients, _digests(rows, len(clients)), strict=True))
 
     # -- on disk -----------------------------------------------------------------------------------
 
@@ -476,17 +414,3 @@ def _copied(updates: Updates, places: Sequence[int]) -> Updates:
     torch.index_select(delta, 0, torch.tensor(places), out=made)
     others = dataclasses.replace(updates, delta=delta[:, :0]).take(places)
     return dataclasses.replace(others, delta=made)
-
-
-def _digests(rows: Tensors, k: int) -> list[str]:
-    """A short digest of each client's rows: names the model that was merged from them."""
-    if not k:
-        return []
-    flat = [rows[name].reshape(k, -1).contiguous().numpy() for name in sorted(rows)]
-    made = []
-    for i in range(k):
-        digest = hashlib.blake2b(digest_size=8)
-        for part in flat:
-            digest.update(part[i])
-        made.append(digest.hexdigest())
-    return made
