@@ -156,7 +156,7 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
         with pytest.raises(SystemExit):
             write_page([wrong], docs)
         told = capsys.readouterr().err
-        assert f'"{wrong}": wanted all or again or 30 or 10, "=" or "+=" and' in told
+        assert f'"{wrong}": wanted all or all-again or 30 or 30-again or 10 or 10-again, ' in told
 
 
 def test_two_comparisons_of_the_same_share_are_also_taken_together() -> None:
@@ -165,6 +165,9 @@ def test_two_comparisons_of_the_same_share_are_also_taken_together() -> None:
         return Standing([Result("x", "a", m, seed, s, 0.1, "") for m, s in methods.items()])
 
     first, again = held(0.48, 0), held(0.46, 1)
-    lost = [line.split(" | ")[2] for line in short({"all": first, "again": again})][2:]
+    lost = [line.split(" | ")[2] for line in short({"10": first, "10-again": again})][2:]
     assert lost == [".020", ".020", ".040", ".040", ".030", ".030"]
+    names = [line.split(" | ")[0] for line in short({"10": first, "10-again": again})][2::2]
+    assert names == ["| 10 %", "| 10 %, again", "| 10 %, both"]
     assert len(list(short({"all": first, "10": again}))) == 2 + 4
+    assert len(list(short({"30": first, "10-again": again}))) == 2 + 4

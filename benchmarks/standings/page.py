@@ -10,11 +10,20 @@ from fedmerge.report.statistics import SIGNIFICANCE
 
 from .standing import OURS, Result, Standing, score_of, worst_of
 
-COMPARISONS = {
+AGAIN = "-again"
+"""Ends the name of a comparison that was made once more, tuned and run on other seeds."""
+_SHARES = {
     "all": ("all", "All clients in every round"),
-    "again": ("all, again", "All clients in every round, tuned and run on other seeds"),
     "30": ("30 %", "With 30 % of the clients in a round"),
     "10": ("10 %", "With 10 % of the clients in a round"),
+}
+COMPARISONS = {
+    f"{share}{end}": (f"{shown}{once_more}", f"{heading}{on_others}")
+    for share, (shown, heading) in _SHARES.items()
+    for end, once_more, on_others in (
+        ("", "", ""),
+        (AGAIN, ", again", ", tuned and run on other seeds"),
+    )
 }
 """How each is named in a table, and its heading."""
 NEAR = 0.01
@@ -122,9 +131,10 @@ def short(comparisons: Mapping[str, Standing]) -> Iterator[str]:
     shown: dict[str, Standing] = {}
     for name, standing in comparisons.items():
         shown[COMPARISONS[name][0]] = standing
-        if name == "again" and "all" in comparisons:
-            both = [*comparisons["all"].results(), *standing.results()]
-            shown["all, both"] = Standing(both)
+        first = name.removesuffix(AGAIN)
+        if first != name and first in comparisons:
+            both = [*comparisons[first].results(), *standing.results()]
+            shown[f"{COMPARISONS[first][0]}, both"] = Standing(both)
     for name, standing in shown.items():
         for method in OURS:
             facts, n = _Facts.of(standing, method), len(standing.accurate)
