@@ -443,7 +443,8 @@ def test_seeds_beyond_what_files_hold_are_refused_first(tmp_path: Path) -> None:
 def test_what_is_said_of_a_damaged_file_helps(tmp_path: Path) -> None:
     """Each piece of advice is followed to the letter; only a run that lost a file is run again."""
     names = ("--data", "gaussian", "--settings", "concept", "--methods", "fedavg", "--seeds", "0-1")
-    compare = ("compare", *names, *TINY, "--trials", "1", "--workers", "1", "--out", tmp_path)
+    tuning = ("--trials", "1", "--tuning-seeds", "1000")
+    compare = ("compare", *names, *TINY, *tuning, "--workers", "1", "--out", tmp_path)
     report = ("report", tmp_path)
     runs = [tmp_path / "runs" / f"gaussian--concept--fedavg--s{seed}" for seed in (0, 1)]
     choice = tmp_path / "tuning" / "gaussian--concept--fedavg.json"

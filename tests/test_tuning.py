@@ -512,7 +512,8 @@ def test_a_choice_among_other_points_is_refused(tmp_path: Path) -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 TUNED = ("compare", "--data", "gaussian", "--settings", "concept", "--methods", "fedavg,ditto")
-TUNED += ("--seeds", "0-1", "--trials", "2", "--clients", "4", "--epochs", "1", "--hidden", "4")
+TUNED += ("--seeds", "0-1", "--trials", "2", "--tuning-seeds", "1000")
+TUNED += ("--clients", "4", "--epochs", "1", "--hidden", "4")
 
 
 def call(*arguments: object) -> Result:
@@ -605,7 +606,7 @@ def test_failed_trials_are_told_and_all_cells_are_there(tmp_path: Path) -> None:
 def test_more_trials_than_the_grid_has_are_all_of_it_and_said(tmp_path: Path) -> None:
     arguments = ("--settings", "concept", "--methods", "fedavg", "--seeds", "0", "--trials", "7")
     sizes = ("--clients", "4", "--rounds", "1", "--epochs", "1", "--hidden", "4", "--workers", "1")
-    sizes += ("--lr", "0.03")
+    sizes += ("--lr", "0.03", "--tuning-seeds", "1000")
     result = call("compare", *arguments, *sizes, "--data", "gaussian", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     assert "--trials 7 is more than some grids have; all was tried of: fedavg 4." in result.stdout

@@ -47,8 +47,7 @@ PLAIN: dict[str, Callable[[World, int], list[Model]]] = {
 }
 SETTINGS = ("concept-mix", "domain")
 SEEDS = (5, 6, 7, 8, 9)
-"""Not those of any figure that is reported elsewhere, so that what is mended here is not tuned on
-the standard comparison's seeds."""
+"""Not those of the comparison with all clients: what is mended here is not tuned on them."""
 HEADINGS = ("method", "setting", "library", "plain", "difference", "95 % interval")
 
 

@@ -205,7 +205,8 @@ def compare(
     tuning_seeds: Annotated[
         str | None,
         typer.Option(
-            metavar="1000", help="seeds to tune on, none of them reported (default from 1000 on)"
+            metavar="1000-1007",
+            help="most seeds to tune on, none of them reported (default eight from 1000 on)",
         ),
     ] = None,
     workers: Annotated[

@@ -26,8 +26,8 @@ class Guard:
     """Bounds what one client can do to the others; part of the server's state.
 
     An update longer than `factor` times the running median of those taken is refused. Before five
-    are known, the length of the model that was sent stands in for the median: local training does
-    not move a model by many times its own length.
+    are known, the length of a fresh model stands in for the median: local training does not move a
+    model by many times its own length.
 
     Attributes:
         factor: longest update, in medians; infinity for no bound.

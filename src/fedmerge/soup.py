@@ -62,7 +62,8 @@ class Soup:
     """The engine-free server core of any method.
 
     Args:
-        algorithm: the method.
+        algorithm: the method. How many clients will come is not known here: for a few, whose
+            number decides on some defaults, `algorithm.resolve(number)`.
         model: the module, or a function that makes one.
         seed: of every draw the server makes.
         ordered: fold strictly in the order of client ids. Updates wait for their predecessors, up

@@ -65,13 +65,15 @@ class FedMerge(Algorithm):
         horizon: participations after which a client's steps begin to shrink.
         leave_one_out: judge models without what the client itself put into them; None: if there
             are more clients than models. Else each may have a model of its own, and be right.
+            `resolve` puts in the number of clients, as a simulation does.
         sketch: numbers kept per block, client and model for that; the server keeps
             m * d * b * sketch 16-bit numbers for m clients (and a few of 8 bits for `peers`).
         peers: clients last seen whose updates' sketches and rows are kept for others to learn from;
-            0 for rows that learn from nobody else, in rounds where nobody is missed.
+            0: rows learn from their own clients alone, nothing settles, models go no further than
+            the mean, and there are no means over rounds.
         pull: how much, in steps of a peer whose update is the same.
-        settle: how far rows go in a round at most, home with their kind or to a model of their own;
-            0 for never.
+        settle: how far rows go in a round at most, home with their kind or, for each round missed,
+            to a model of their own; 0 for never.
         extrapolate: most times the mean of its clients' updates that a model goes, as far as
             training helps them or its rounds agree; 1 for never further than the mean.
         average: whether clients use a mean of each model over rounds where a round has few of its

@@ -24,7 +24,8 @@ class IFCA(Algorithm):
     """IFCA, plain (warm = 0: d independent random models) or warm-started.
 
     Attributes:
-        d: number of models (clusters); every client receives all of them in every round.
+        d: number of models (clusters); every client receives all of them in every round. None: 4,
+            or one per client if there are fewer.
         warm: rounds of FedAvg before the clients' updates are clustered.
     """
 

@@ -16,6 +16,9 @@ from .cells import Pair, parse_names, parse_seeds
 
 NATURAL = "natural"
 FIRST_TUNING_SEED = 1000
+TUNED_ON = 8
+"""Seeds that a point is tried with at most: with few, chance decides between points that are nearly
+as good, and the race (`race`) does without most of them where it is plain which is best."""
 Sizes = Mapping[str, object]
 """Settings of a run, by name."""
 
@@ -29,7 +32,6 @@ class Preset:
             those of `settings` that fit it: clients of its own, or clients that are made.
         settings, methods, seeds: as the options of `fedmerge compare`.
         trials: points that tuning tries beside each method's defaults; 0 for no tuning.
-        tuned_on: seeds that a point is tried with at most, none of them reported.
         shared: settings of a run for all data.
     """
 
@@ -38,7 +40,6 @@ class Preset:
     methods: str
     seeds: str
     trials: int = 0
-    tuned_on: int = 1
     shared: Sizes = field(default_factory=dict)
 
 
@@ -62,7 +63,6 @@ PRESETS: Mapping[str, Preset] = {
         methods="all,fedmerge:rule=paper",
         seeds="0-4",
         trials=3,
-        tuned_on=8,  # with few, chance decides between points that are nearly as good
         shared={"evaluate_every": 5},
     ),
     # Chen et al., AAAI 2026: cluster-wise and client-wise labels, 50 clients, all in every round,
@@ -182,7 +182,7 @@ def make_protocol(
         parse_names("--methods", _either(methods, base.methods), names.methods),
         reported,
         points,
-        _tuning_seeds(reported, tuning_seeds, base.tuned_on) if points else (),
+        _tuning_seeds(reported, tuning_seeds) if points else (),
     )
 
 
@@ -222,9 +222,9 @@ def _points(default: int, trials: int | None, seeds: str | None, tuning: bool) -
     return points
 
 
-def _tuning_seeds(reported: tuple[int, ...], text: str | None, n: int) -> tuple[int, ...]:
+def _tuning_seeds(reported: tuple[int, ...], text: str | None) -> tuple[int, ...]:
     if text is None:
-        return tuple(islice((s for s in count(FIRST_TUNING_SEED) if s not in reported), n))
+        return tuple(islice((s for s in count(FIRST_TUNING_SEED) if s not in reported), TUNED_ON))
     seeds = parse_seeds(text, "--tuning-seeds")
     both = [seed for seed in seeds if seed in reported]
     if both:

@@ -67,8 +67,9 @@ def load_csv(
 
     Column `client` names the client of each row and column `target` has its label or value; all
     other columns but those in `drop` are features and must be numbers, or with `missing` may be
-    empty, "?", "NA" or "NaN", which gives NaN. Whole-number targets are class labels, other
-    numbers are values to predict, and texts become class numbers in their sorted order.
+    empty, "?", "NA" or "NaN", which gives NaN. Whole numbers without a point are class
+    labels as targets, other numbers are values to predict, and texts become class numbers in their
+    sorted order.
     Raises DataError, with row (the header is row 1) and column, for cells that cannot be used.
     """
     columns, rows = _read_table(Path(path))

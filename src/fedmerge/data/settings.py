@@ -66,7 +66,7 @@ def make_federation(
     """Return the clients of `setting` on `data`, checked.
 
     data: a name in `SOURCES`, with options as "name:key=value:key=value", or the path of a
-    folder of .npz files, a .csv, .tsv or .arff file.
+    folder of .npz files (one for each client) or of x.npy and y.npy, a .csv, .tsv or .arff file.
     setting: a name in `SETTINGS`, with options in the same way, for clients that are made of the
     pooled examples; "natural" for the clients that the data has; or "flwr:" and a partitioner of
     flwr-datasets.

@@ -71,7 +71,8 @@ class Simulation:
         algorithm: the method.
         clients: a federation, or its clients; results do not depend on their order.
         model: a function that makes the module, or a module. A function is called anew for every
-            independent initialisation; a module's layers are reset.
+            independent initialisation; a module begins with its own values, and its layers are
+            reset for every further one.
         training: how clients train.
         rounds: how many to run in all, also when resumed.
         participation: share of the clients in a round's cohort, at least one client.
