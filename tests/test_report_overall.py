@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fedmerge.report.findings import findings
 from fedmerge.report.overall import duels, overviews, ranking, regrets
 from fedmerge.report.runs import ClientResult, Evaluation, Run, Scores
 from fedmerge.report.totals import totals
@@ -232,3 +233,43 @@ def test_ranks_that_differ_are_not_printed_alike() -> None:
         "is 1.49 over 51 settings, the best of 2 methods; next is local with 1.51"
         in (totals(make(many)).sentences[1])
     )
+
+
+def test_there_is_one_verdict_on_fedmerge_and_another_method_wherever_it_is_told() -> None:
+    rng = np.random.default_rng(3)
+    names = ("fedmerge", "fedmerge-ft", "ditto", "local", "ifca", "apfl")
+    values = {
+        f"s{i}": {
+            name: list(map(float, 0.8 + 0.03 * rng.normal() + 0.015 * rng.normal(size=4)))
+            for name in names
+        }
+        for i in range(60)
+    }
+    runs = make(values)
+    (table,) = overviews(runs)
+    fought = {
+        (d.setting, d.rival): d
+        for d in duels([run for run in runs if run.method != "fedmerge-ft"], "fedmerge")
+    }
+    said = findings(runs)
+    seen = {"best": 0, "tied": 0, "worse": 0, "twin": 0}
+    for setting in table.settings:
+        best = table.best(setting)
+        assert best is not None
+        if best == "fedmerge":
+            seen["best"] += 1
+            for rival in names[2:]:
+                duel = fought[setting, rival]
+                assert table.entries[rival, setting].p == pytest.approx(duel.p)
+                assert table.entries[rival, setting].tied == (duel.verdict != "better")
+        elif best == "fedmerge-ft":
+            seen["twin"] += 1
+        else:
+            duel, ours = fought[setting, best], table.entries["fedmerge", setting]
+            assert ours.p == pytest.approx(duel.p)
+            assert ours.tied == (duel.verdict != "worse")
+            seen["tied" if ours.tied else "worse"] += 1
+            doubted = "within the noise" in said.by_setting[setting]
+            assert doubted == ours.tied
+            assert ours.tied or "beyond chance" in said.by_setting[setting]
+    assert min(seen.values()) > 2, seen

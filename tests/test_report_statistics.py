@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -96,19 +97,36 @@ def test_the_bootstrap_repeats_and_leaves_out_what_is_not_finite() -> None:
     assert math.isnan(cluster_bootstrap([np.array([])]).mean)
 
 
-def test_ranks_share_ties_and_friedman_agrees_with_scipy() -> None:
+def test_ranks_share_ties() -> None:
     values = np.array([[0.9, 0.8, 0.8, 0.1], [0.5, 0.7, 0.6, 0.2], [0.9, 0.7, 0.8, 0.3]])
     got = ranks(values)
     assert got.tolist() == [[1, 2.5, 2.5, 4], [3, 1, 2, 4], [1, 3, 2, 4]]
     assert ranks(values, -1)[0].tolist() == [4, 2.5, 2.5, 1]
-    chi = float(stats.friedmanchisquare(*values.T).statistic)
-    n, k = values.shape
-    f = (n - 1) * chi / (n * (k - 1) - chi)  # Iman and Davenport, from scipy's own statistic
-    assert friedman(got) == pytest.approx(stats.f.sf(f, k - 1, (k - 1) * (n - 1)))
-    assert friedman(np.array([[1.0, 2, 3], [1, 2, 3]])) == 0.0
-    assert friedman(np.full((3, 3), 2.0)) == 1.0
     assert friedman(got[:1]) is None
     assert friedman(got[:, :2]) is None
+
+
+def test_friedman_is_exact_for_few_settings_and_agrees_with_its_distribution_for_many() -> None:
+    # Two settings rank three methods alike by chance in one of six deals.
+    assert friedman(np.array([[1.0, 2, 3], [1, 2, 3]])) == pytest.approx(1 / 6, abs=0.015)
+    # The 36 deals of two further settings, one by one.
+    rows = np.array([[1.0, 2, 3], [1, 2, 3], [3, 1, 2]])
+    spread = [
+        sum((a + b + c - 6) ** 2 for a, b, c in zip(rows[0], second, third, strict=True))
+        for second in permutations((1, 2, 3))
+        for third in permutations((1, 2, 3))
+    ]
+    found = ((rows.sum(0) - 6) ** 2).sum()
+    exact = sum(value >= found for value in spread) / 36
+    assert friedman(rows) == pytest.approx(exact, abs=0.015)
+    values = np.random.default_rng(0).random((40, 5)) + 0.02 * np.arange(5)
+    many = ranks(values)
+    chi = stats.friedmanchisquare(*values.T)
+    assert 0.01 < chi.pvalue < 0.5
+    assert friedman(many) == pytest.approx(chi.pvalue, abs=0.02)
+    assert friedman(many) == friedman(many)
+    assert friedman(np.tile([1.0, 2, 3, 4], (9, 1))) == 1e-4
+    assert friedman(np.full((3, 3), 2.0)) == 1.0
 
 
 @pytest.mark.parametrize(("k", "q"), [(2, 1.960), (3, 2.343), (5, 2.728), (10, 3.164)])

@@ -30,6 +30,7 @@ from fedmerge.report.ranking import METRICS, unique
 from fedmerge.report.runs import Run, finite
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Styles = Mapping[str, Style]
@@ -263,6 +264,7 @@ def duel_intervals(duels: Sequence[Duel], subject: str, metric: str = "accuracy"
         low, high = axes.get_xlim()
         axes.set_xlim(max(min([*means, 0]) - reach, min(low, -0.04 * reach)),
                       min(max([*means, 0]) + reach, max(high, 0.04 * reach)))  # fmt: skip
+        _mark_cut(axes, rows)
         axes.axvline(0.0, color=INK, linewidth=0.9, alpha=0.7)
         axes.set_yticks(range(len(rows)), [short_name(duel.rival) for duel in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -272,3 +274,14 @@ def duel_intervals(duels: Sequence[Duel], subject: str, metric: str = "accuracy"
         what = metric if metric == "accuracy" else "loss (turned round: right is better)"
         figure.text(0.012, 1 - 0.2 / height, f"{short_name(subject)} minus each method, {what}")
         return figure
+
+
+def _mark_cut(axes: Axes, rows: Sequence[Duel]) -> None:
+    """An arrow head where an interval goes on beyond the axis."""
+    low, high = axes.get_xlim()
+    for row, duel in enumerate(rows):
+        spans = (duel.by_seed, duel.by_client)
+        if any(span.low is not None and span.low < low for span in spans):
+            axes.plot([low], [row], "<", color=INK, markersize=4, alpha=0.7, clip_on=False)
+        if any(span.high is not None and span.high > high for span in spans):
+            axes.plot([high], [row], ">", color=INK, markersize=4, alpha=0.7, clip_on=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmerge.errors import ConfigError, did_you_mean
-from fedmerge.report.runs import MODELS, ROUNDS, Run, finite
+from fedmerge.report.runs import MODELS, ROUNDS, Run, finite, is_fedmerge, twin_of
 from fedmerge.report.statistics import (
     MARGIN,
     SIGNIFICANCE,
@@ -114,10 +114,10 @@ class Entry:
 
     best: the best mean of the setting (of equals, the first; none with a lone method). tied: not
     the best, and not significantly worse. near: shown to lose less than `MARGIN` to the best. p: of
-    the paired test against the best, corrected for the tests of the setting, None where there was
-    none. behind: what it loses to the best, by seed; None for the best itself. shared: number of
-    seeds that this method and the best both have. diverged: number of seeds whose value is not
-    finite; with any, the mean is NaN and the method comes after all that have one.
+    the paired test against the best, corrected for the tests of its family (`_column`), None where
+    there was none. behind: what it loses to the best, by seed; None for the best itself. shared:
+    number of seeds that this method and the best both have. diverged: number of seeds whose value
+    is not finite; with any, the mean is NaN and the method comes after all that have one.
     """
 
     mean: float | None
@@ -195,14 +195,26 @@ def comparison(
     entries: dict[tuple[str, str], Entry] = {}
     for setting in settings:
         column = {name: values.get((name, setting), {}) for name in methods}
-        for name, entry in _column(column, spec.better).items():
+        for name, entry in _column(column, spec.better, subject_of(methods)).items():
             entries[name, setting] = entry
-    note = _note(spec, entries.values(), len(methods))
+    note = _note(spec, entries.values(), methods)
     return Table(model, metric, methods, settings, entries, note, at)
 
 
-def _column(column: Mapping[str, Mapping[int, float]], better: int) -> dict[str, Entry]:
-    """Entries of one setting, from each method's value by seed."""
+def subject_of(methods: Iterable[str]) -> str | None:
+    """The method that a page is about: the first FedMerge variant, if there is one."""
+    return next((name for name in methods if is_fedmerge(name)), None)
+
+
+def _column(
+    column: Mapping[str, Mapping[int, float]], better: int, subject: str | None
+) -> dict[str, Entry]:
+    """Entries of one setting, from each method's value by seed.
+
+    Tests are corrected in two families: the subject against each other method but its twin, which
+    is the same training (as in `overall.duels`), and all others against the best. So there is one
+    verdict on the subject and another method, wherever it is told.
+    """
     means = {name: float(np.mean(list(seen.values()))) for name, seen in column.items() if seen}
     compared = better and len(column) > 1
     ranked = [name for name, mean in means.items() if compared and finite(mean)]
@@ -211,7 +223,17 @@ def _column(column: Mapping[str, Mapping[int, float]], better: int) -> dict[str,
     behind = {} if best is None else {
         name: behind_by_seed(column[name], column[best], better) for name in rivals
     }  # fmt: skip
-    verdicts = judge(behind)
+    own: list[str] = []
+    if subject in ranked:
+        own = [name for name in ranked if name not in (subject, twin_of(subject))]
+    if best == subject:
+        duels = {name: behind[name] for name in own}
+        verdicts = judge({n: gap for n, gap in behind.items() if n not in duels}) | judge(duels)
+    else:
+        verdicts = judge(behind)
+        if subject is not None and best in own:
+            gaps = {name: behind_by_seed(column[subject], column[name], better) for name in own}
+            verdicts[subject] = judge(gaps)[best]
     entries = {}
     for name, seen in column.items():
         numbers = list(seen.values())
@@ -267,7 +289,7 @@ def judge(behind: Mapping[str, Interval]) -> dict[str, tuple[bool, bool, float |
     return verdicts
 
 
-def _note(spec: Metric, entries: Iterable[Entry], methods: int) -> str:
+def _note(spec: Metric, entries: Iterable[Entry], methods: Sequence[str]) -> str:
     counts = sorted({entry.n for entry in entries if entry.n})
     if not counts:
         return "No run has this number."
@@ -276,7 +298,7 @@ def _note(spec: Metric, entries: Iterable[Entry], methods: int) -> str:
     text = f"Mean ± sample standard deviation over {seeds} {plural}."
     if not spec.better:
         return text + " Nothing is marked here: this is a cost or a diagnostic, not a score."
-    if methods == 1:
+    if len(methods) == 1:
         text = f"Values of {seeds} {plural}." if counts == [1] else text
         return text + " Nothing is marked here: there is no other method."
     if counts == [1]:
@@ -287,8 +309,16 @@ def _note(spec: Metric, entries: Iterable[Entry], methods: int) -> str:
     return text + (
         " * has the best mean; ~ is not significantly worse than it (two-sided paired t-test over"
         f" the seeds, p ≥ {SIGNIFICANCE} after Holm's correction for the number of methods);"
-        f" = is shown to lose less than {MARGIN} (one-sided, corrected alike). {_power(counts[0])}"
+        f" = is shown to lose less than {MARGIN} (one-sided, corrected alike)."
+        f"{_family(methods)} {_power(counts[0])}"
     )
+
+
+def _family(methods: Sequence[str]) -> str:
+    subject = subject_of(methods)
+    if subject is None or len(methods) == 2:
+        return ""
+    return f" Tests of {subject} with the others are corrected together, be it the best or not."
 
 
 def _power(n: int) -> str:

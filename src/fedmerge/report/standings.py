@@ -42,7 +42,8 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
         key=lambda regret: (regret.largest or 0.0, regret.mean or 0.0),
     )
     with drawing():
-        figure, axes = _rows([regret.method for regret in rows], "regret of each method", styles)
+        label = f"regret of each method in {metric}"
+        figure, axes = _rows([regret.method for regret in rows], label, styles, 0.235)
         known = [loss for regret in rows for loss in regret.losses.values() if finite(loss)]
         top = max([*known, MARGIN * 2])
         axes.set_xscale("function", functions=(_root, np.square))
@@ -65,13 +66,12 @@ def regret_picture(regrets: Sequence[Regret], metric: str, styles: Mapping[str, 
             if not finite(regret.largest):
                 text = f"diverged in {where}"
             text += " (incomplete)" if regret.missing else ""
-            right = _root(largest) < 0.62 * _root(top)
-            axes.annotate(
-                text, (largest, row), (8 if right else -8, 0), textcoords="offset points",
-                ha="left" if right else "right", va="center_baseline", fontsize=8, alpha=0.85,
-                bbox=None if right else {"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8},
-                zorder=6,
-            )  # fmt: skip
+            if _root(largest) < 0.62 * _root(top):
+                place: dict[str, Any] = {"xytext": (8, 0), "ha": "left", "va": "center_baseline"}
+            else:  # above the line, which has the other losses on it
+                place = {"xytext": (-6, 2.2), "ha": "right", "va": "bottom"}
+            axes.annotate(text, (largest, row), textcoords="offset points", fontsize=7.5,
+                          alpha=0.85, zorder=6, **place)  # fmt: skip
         what = "Most accuracy lost to" if metric == "accuracy" else "Most loss above that of"
         _title(figure, f"{what} the best method of a setting")
         return figure
@@ -95,8 +95,9 @@ def rank_picture(ranking: Ranking, styles: Mapping[str, Style]) -> Figure:
         if difference is not None and names:
             axes.axvspan(means[0], min(means[0] + difference, k + 0.3), color=INK, alpha=0.07,
                          linewidth=0)  # fmt: skip
-            axes.plot([means[0], means[0] + difference], [-0.72, -0.72], color=INK, linewidth=1.4,
-                      clip_on=False)  # fmt: skip
+            # One that is longer than the scale says so by having no end there.
+            axes.plot([means[0], min(means[0] + difference, k + 0.3)], [-0.72, -0.72], color=INK,
+                      linewidth=1.4, clip_on=False)  # fmt: skip
             axes.text(means[0], -0.95, f"critical difference {difference:.1f}", fontsize=8,
                       va="bottom")  # fmt: skip
         for i, (first, last) in enumerate(bars):
@@ -111,7 +112,8 @@ def rank_picture(ranking: Ranking, styles: Mapping[str, Style]) -> Figure:
                       zorder=5)  # fmt: skip
             axes.annotate(f"{mean:.1f}", (mean, row), (8, 0), textcoords="offset points",
                           va="center_baseline", fontsize=8, alpha=0.85)  # fmt: skip
-        _title(figure, f"Average rank over {len(ranking.settings)} settings (1 is best)")
+        n = len(ranking.settings)
+        _title(figure, f"Average rank over {n} setting{'' if n == 1 else 's'} (1 is best)")
         return figure
 
 
@@ -119,16 +121,20 @@ def _root(value: Any) -> Any:
     return np.sqrt(np.maximum(value, 0.0))
 
 
-def _rows(names: Sequence[str], label: str, styles: Mapping[str, Style]) -> tuple[Figure, Axes]:
-    tall = 0.95 + 0.205 * max(len(names), 1)
+def _rows(
+    names: Sequence[str], label: str, styles: Mapping[str, Style], high: float = 0.205
+) -> tuple[Figure, Axes]:
+    """A row for each name, `high` in inches."""
+    tall = 0.95 + high * max(len(names), 1)
     figure = new_figure(5.4, tall, label)
-    left = max(0.8, room_for(names, 9)) / 5.4 + 0.03
+    left = max(0.8, room_for(names, 9)) / 5.4 + 0.04
     axes = figure.add_axes((left, 0.3 / tall, 0.9 - left, 1 - 0.85 / tall))
     axes.set_yticks(range(len(names)), [short_name(name) for name in names])
     for name, text in zip(names, axes.get_yticklabels(), strict=True):
         if is_fedmerge(name) and styles[name].order > 5:
             text.set_fontweight("bold")
             text.set_color(styles[name].colour)
+    axes.tick_params(axis="y", pad=7)  # a mark at the left end must not touch the name
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.spines[["left", "bottom"]].set_visible(False)
     quiet_grid(axes, "x")

@@ -18,6 +18,8 @@ MARGIN = 0.01
 """A loss to the best that still counts as not worse: one point of a hundred."""
 ENOUGH = 6
 """Seeds under which a paired test can show only large differences."""
+DEALS = 9999
+"""Deals of ranks by which `friedman` judges."""
 _SAME = 1e-12  # rounding alone makes equal differences differ; a t-test would take it for variance
 
 
@@ -125,7 +127,11 @@ def ranks(values: NDArray[np.float64], better: int = 1) -> NDArray[np.float64]:
 
 
 def friedman(ranked: NDArray[np.float64]) -> float | None:
-    """Return the p of Friedman's test, as improved by Iman and Davenport (1980).
+    """Return the p of Friedman's test, by permutation: of few settings no distribution is exact.
+
+    The ranks of each setting are dealt anew `DEALS` times, the same at every call; p is the share
+    of deals, what was found being one, in which mean ranks differ as much. (A sum of squares, as
+    Friedman's statistic is but for a factor that ties change in all deals alike.)
 
     ranked: (n settings, k methods). The hypothesis is that all methods rank alike; None with fewer
     than two settings or three methods.
@@ -133,17 +139,17 @@ def friedman(ranked: NDArray[np.float64]) -> float | None:
     n, k = ranked.shape
     if n < 2 or k < 3:
         return None
-    from scipy import stats
+    rng = np.random.default_rng(0)
+    sums = np.zeros((DEALS, k))
+    for row in ranked:
+        sums += rng.permuted(np.broadcast_to(row, (DEALS, k)), axis=1)
 
-    means = ranked.mean(0)
-    between = n * float(((means - (k + 1) / 2) ** 2).sum())
-    within = float(((ranked - (k + 1) / 2) ** 2).sum()) / (n * (k - 1))  # less with ties
-    if within == 0:
-        return 1.0
-    chi = between / within
-    if n * (k - 1) - chi <= _SAME * n * k:
-        return 0.0  # every setting ranks the methods alike
-    return float(stats.f.sf((n - 1) * chi / (n * (k - 1) - chi), k - 1, (k - 1) * (n - 1)))
+    def spread(of: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = ((of - n * (k + 1) / 2) ** 2).sum(-1)
+        return found
+
+    found = spread(ranked.sum(0)) * (1 - _SAME)
+    return (1 + int((spread(sums) >= found).sum())) / (1 + DEALS)
 
 
 def critical_difference(k: int, n: int) -> float:

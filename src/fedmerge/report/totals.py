@@ -64,7 +64,9 @@ def totals(runs: Sequence[Run], model: str = "merged", at: str = "last") -> Tota
             _regret(name, subject, table, part, figures, sentences)
         _rank(name, subject, ranked, figures, sentences)
         _shares(name, [run for run in runs if run.method == subject], model, figures, sentences)
-        _duels(name, fought, sentences, twin if len(rivalling) < len(runs) else None)
+        seeds = {run.seed for run in runs if run.method == subject}
+        met = twin if len(rivalling) < len(runs) else None
+        _duels(name, fought, len(seeds), sentences, met)
     said = tuple(sentence.replace("….", "…") for sentence in sentences)
     return Totals(subject, tables, lost, ranked, fought, tuple(figures), said)
 
@@ -80,8 +82,9 @@ def _regret(
     ours = next((regret for regret in part if regret.method == subject), None)
     if ours is None or ours.largest is None or ours.mean is None:
         return
+    same = (subject, twin_of(subject))
     others = sorted(
-        (r for r in part if r.method != subject and r.largest is not None and not r.missing),
+        (r for r in part if r.method not in same and r.largest is not None and not r.missing),
         key=lambda regret: regret.largest or 0.0,
     )
     words = (
@@ -174,14 +177,15 @@ def _shares(
         sentences.append(f"Of {name}'s clients, {' and '.join(parts)}.")
 
 
-def _duels(name: str, fought: Sequence[Duel], sentences: list[str], twin: str | None) -> None:
+def _duels(
+    name: str, fought: Sequence[Duel], seeds: int, sentences: list[str], twin: str | None
+) -> None:
     tested = [duel for duel in fought if duel.p is not None]
     if not tested:
         if fought:
-            one = all(duel.by_seed.n == 1 for duel in fought)
             sentences.append(
                 "With one seed no difference between methods can be shown to be beyond chance."
-                if one
+                if seeds == 1
                 else "No difference could be tested: methods diverged or have one seed in common."
             )
         return
