@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,14 @@ def test_grey_lines_that_are_pressed_get_colours_and_names(tmp_path: Path) -> No
         wait = "new Promise((done) => setTimeout(done, 400))"  # the fading takes a moment
         shown = f"{wait}.then(() => {faint}.map((b) => getComputedStyle(b).opacity))"
         assert set(browser.run(shown)) == {"0"}
+        browser.run(f"{grey}.slice(3).forEach((b) => b.click())")
+        places = browser.run(f"{called}.map((t) => Number(t.getAttribute('y')))")
+        tall = browser.run(f"{curves}.querySelector('svg').viewBox.baseVal.height")
+        assert len(places) == len(browser.run(grey)) > 5
+        ordered = sorted(places)
+        assert 0 < ordered[0] < ordered[-1] < tall
+        assert all(b - a > 9.9 for a, b in pairwise(ordered))
+        browser.run(f"{grey}.slice(3).forEach((b) => b.click())")
         browser.run(f"{grey}.slice(0, 3).forEach((b) => b.click())")
         assert browser.run(f"{called}.length") == 0
         assert set(browser.run(shown)) == {"1"}

@@ -495,7 +495,7 @@ def test_text_in_each_colour_can_be_read_on_its_page(theme: int) -> None:
     ground = float(linear(("#fdfcf9", "#14171b")[theme]) @ weights)
     for name, colours in PALETTE.items():
         low, high = sorted((ground, float(linear(colours[theme]) @ weights)))
-        assert (high + 0.05) / (low + 0.05) >= 3.8, name
+        assert (high + 0.05) / (low + 0.05) >= 4.5, name
 
 
 @pytest.mark.parametrize("theme", [0, 1])

@@ -26,14 +26,14 @@ SURFACE = "#fefefd"  # what a picture lies on; becomes the page's surface colour
 # One name, its colour on a light page and on a dark one. Hues follow Okabe and Ito; they and their
 # lightness are set so that all stay apart under each colour blindness and can be read as text.
 PALETTE: Mapping[str, tuple[str, str]] = {
-    "accent": ("#d9480f", "#ff7a3c"),
+    "accent": ("#d14109", "#ff7a3c"),
     "blue": ("#00489c", "#4a93f0"),
-    "green": ("#008560", "#2fb88a"),
-    "purple": ("#bb3f9c", "#f58fd0"),
+    "green": ("#00815c", "#2fb88a"),
+    "purple": ("#b93c98", "#f58fd0"),
     "slate": ("#39434f", "#8e99a6"),
-    "sky": ("#2a86c0", "#8fd6f7"),
+    "sky": ("#2379b1", "#8fd6f7"),
     "ochre": ("#5c5000", "#f2d24a"),
-    "brown": ("#a86664", "#c08a60"),
+    "brown": ("#a5605d", "#c08a60"),
 }
 # Paul Tol's "light" scheme: fills that bear dark text on either page, for kinds and labels.
 FILLS = (

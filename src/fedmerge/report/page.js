@@ -29,7 +29,7 @@
       images.forEach((image, block) => {
         const picture = pen.createImageData(models, rows);
         for (let i = 0, at = start(round, block); i < rows * models; i++) {
-          picture.data.set([217, 72, 15, bytes[at + i]], 4 * i);
+          picture.data.set([209, 65, 9, bytes[at + i]], 4 * i);
         }
         pen.putImageData(picture, 0, 0);
         image.setAttribute("href", canvas.toDataURL());
@@ -50,11 +50,15 @@
         timer = 0;
         button.textContent = "Play";
       };
-      const move = () => {
+      const tell = () => {
         output.value = kept.rounds[slider.value];
         slider.setAttribute("aria-valuetext", `round ${output.value}`);
+      };
+      const move = () => {
+        tell();
         show(Number(slider.value));
       };
+      tell();
       slider.addEventListener("input", () => { stop(); move(); });
       button.addEventListener("click", () => {
         if (timer) return stop();
@@ -272,7 +276,8 @@
     const hues = figures.length ? figures[0].dataset.hues.split(" ") : [];
     const grey = (button) => button.querySelector(".swatch").style.background.includes("--grey");
 
-    // A grey line is given a colour that no other pressed one has, and its name at its end.
+    // A grey line is given a colour that no other pressed one has, while there are any, and its name
+    // at its end.
     function light() {
       const pressed = buttons.filter((one) => one.getAttribute("aria-pressed") === "true");
       const colours = new Map();
@@ -289,7 +294,7 @@
           old.classList.remove("on");
           if (old.matches(".called")) old.remove();
         }
-        const taken = [];
+        const calls = [];
         for (const button of pressed) {
           const at = button.dataset.method;
           for (const kind of ["method", "band", "label"]) {
@@ -300,24 +305,33 @@
           }
           const line = figure.querySelector(`[data-method="${at}"] path`);
           if (line && !figure.querySelector(`[data-label="${at}"]`)) {
-            call(line, button.textContent, colours.get(button), taken);
+            calls.push([line, button.textContent, colours.get(button)]);
           }
         }
+        call(calls);
       }
     }
-    function call(line, name, colour, taken) {
-      const end = line.getPointAtLength(line.getTotalLength());
-      const text = document.createElementNS("http://www.w3.org/2000/svg", "text");
-      let y = end.y - 5;
-      while (taken.some((other) => Math.abs(other - y) < 10)) y -= 10;
-      taken.push(y);
-      text.textContent = name;
-      text.setAttribute("class", "called");
-      text.setAttribute("x", end.x);
-      text.setAttribute("y", y);
-      text.setAttribute("text-anchor", "end");
-      text.style.fill = colour;
-      line.ownerSVGElement.append(text);
+    // Names one below the other, each as near to the end of its line as the others let it.
+    function call(calls) {
+      const ends = calls.map(([line]) => line.getPointAtLength(line.getTotalLength()));
+      const order = calls.map((_, i) => i).sort((a, b) => ends[a].y - ends[b].y);
+      const places = [];
+      for (const i of order) places.push(Math.max(ends[i].y - 5, (places.at(-1) ?? -Infinity) + 10));
+      const low = calls.length ? calls[0][0].ownerSVGElement.viewBox.baseVal.height - 4 : 0;
+      for (let at = places.length - 1; at >= 0; at--) {
+        places[at] = Math.min(places[at], at + 1 < places.length ? places[at + 1] - 10 : low);
+      }
+      order.forEach((i, at) => {
+        const [line, name, colour] = calls[i];
+        const text = document.createElementNS("http://www.w3.org/2000/svg", "text");
+        text.textContent = name;
+        text.setAttribute("class", "called");
+        text.setAttribute("x", ends[i].x);
+        text.setAttribute("y", places[at]);
+        text.setAttribute("text-anchor", "end");
+        text.style.fill = colour;
+        line.ownerSVGElement.append(text);
+      });
     }
     for (const button of buttons) {
       button.addEventListener("click", () => {
@@ -368,6 +382,16 @@
       });
     }
   }
+  // On paper nothing can be opened: all is, for as long as printing takes.
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = [...document.querySelectorAll("details:not([open])")];
+    for (const one of closed) one.open = true;
+    for (const panel of document.querySelectorAll(".panel")) enliven(panel);
+  });
+  addEventListener("afterprint", () => {
+    for (const one of closed) one.open = false;
+  });
   addEventListener("hashchange", follow);
   follow();
 })();
