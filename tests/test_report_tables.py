@@ -266,7 +266,9 @@ def test_best_in_some_settings_names_the_lead_and_the_losses() -> None:
         f"mix.{FEW}"
     )
     assert found.not_won[0].startswith("In domain, ditto was ahead by 0.01")
-    assert "a difference beyond chance (paired t-test over 2 seeds, p = " in found.not_won[0]
+    assert (
+        "a difference beyond chance (paired t-test over 2 seeds, corrected p = " in found.not_won[0]
+    )
     assert found.not_won[1] == (
         "In other, ditto was ahead by 0.005 (0.825 against 0.820), within the noise of 2 seeds."
     )

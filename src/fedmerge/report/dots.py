@@ -53,6 +53,7 @@ def method_dots(
         figure = new_figure(3.7, height, f"{spec.label} by method in {name}, {model} model")
         left = max(0.8, room_for(methods, 9)) / 3.7 + 0.03
         axes = figure.add_axes((left, 0.27 / height, 0.97 - left, 1 - 0.58 / height))
+        diverged: list[tuple[int, str, list[float]]] = []
         for row, method in enumerate(methods):
             read = [spec.read(run, model, "last") for run in runs if run.method == method]
             seen = [value for value in read if value is not None and finite(value)]
@@ -60,9 +61,7 @@ def method_dots(
             axes.axhline(row, color=INK, alpha=0.1, linewidth=0.6)
             known = sum(value is not None for value in read)
             if len(seen) < known:
-                said = f"diverged on {known - len(seen)} of {known}"
-                axes.text(1, row - 0.12, said, ha="right", va="bottom", fontsize=6,
-                          transform=axes.get_yaxis_transform())  # fmt: skip
+                diverged.append((row, f"diverged on {known - len(seen)} of {known}", seen))
             if seen:
                 span = [min(seen), max(seen)]
                 axes.plot(span, [row, row], color=style.colour, linewidth=1.2, alpha=0.55)
@@ -79,6 +78,13 @@ def method_dots(
                 text.set_color(looks[method].colour)
         axes.set_ylim(len(methods) - 0.4, -0.6)
         axes.margins(x=0.06)
+        low, high = axes.get_xlim()
+        for row, said, seen in diverged:
+            # On the side that the marks leave free.
+            right = not seen or max(seen) < (low + high) / 2
+            axes.text(float(right), row, said, ha="right" if right else "left", fontsize=6,
+                      va="center_baseline", transform=axes.get_yaxis_transform(),
+                      bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8})  # fmt: skip
         axes.locator_params(axis="x", nbins=5)
         axes.spines[["left", "bottom"]].set_visible(False)
         quiet_grid(axes, "x")

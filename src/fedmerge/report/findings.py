@@ -350,7 +350,7 @@ def _chance(second: Entry) -> str:
         return f"within the noise of {n} seeds"
     if second.p is None:
         return f"by the same amount on each of {n} seeds"
-    return f"a difference beyond chance (paired t-test over {n} seeds, {_p(second.p)})"
+    return f"a difference beyond chance (paired t-test over {n} seeds, corrected {_p(second.p)})"
 
 
 def _p(value: float) -> str:

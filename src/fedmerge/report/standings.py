@@ -134,10 +134,10 @@ def _rows(
         if is_fedmerge(name) and styles[name].order > 5:
             text.set_fontweight("bold")
             text.set_color(styles[name].colour)
-    axes.tick_params(axis="y", pad=7)  # a mark at the left end must not touch the name
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.spines[["left", "bottom"]].set_visible(False)
     quiet_grid(axes, "x")
+    axes.tick_params(axis="y", pad=8)  # a mark at the left end must not touch the name
     return figure, axes
 
 
