@@ -112,6 +112,10 @@ def work(config: dict[str, Any], folder: Path) -> None:
             raise RuntimeError("boom\nin two lines")
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "killed once":
+            if not (folder.parent / "killed").exists():
+                (folder.parent / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
         case "exit":
             os._exit(3)
         case "slow":
@@ -179,6 +183,14 @@ def test_a_cell_that_fails_is_named_and_the_others_finish(
     assert sum(o.error is None for o in outcomes) == 3
     details = next(o.details for o in outcomes if o.error)
     assert ("Traceback" in details) == (method in ("raise", "bug", "words"))
+
+
+def test_a_cell_whose_process_was_killed_is_tried_once_more(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    outcomes = run(cells_of("fine", "killed once", "fine"), tmp_path, 1)
+    assert sorted(o.cell.name for o in outcomes) == ["fine-0", "fine-2", "killed once-1"]
+    assert all(o.error is None for o in outcomes)
+    assert (tmp_path / "runs" / "killed").exists()
 
 
 def test_the_longest_cells_go_first(tmp_path: Path) -> None:

@@ -167,8 +167,10 @@ class Network:
         if not classes:
             return each, torch.zeros_like(each), None
         margin = output[..., 1] - output[..., 0] if output.shape[-1] == 2 else None
-        # Of equals max() takes the first, as argmax() does in eight times the time.
-        return each, (output.max(-1).indices == y).to(each.dtype), margin
+        # Of equals max() takes the first, as argmax() does in eight times the time. What a model
+        # that has diverged says is never right.
+        right = (output.max(-1).indices == y) & each.isfinite()
+        return each, right.to(each.dtype), margin
 
     def answers(self, output: Tensor) -> Tensor:
         """What outputs (k, B, outputs) say: the logarithms of the classes' probabilities, if there
@@ -232,10 +234,13 @@ def _padded(parts: Sequence[Examples]) -> tuple[Index, np.ndarray]:
 
 
 def _area(margin: Tensor, y: Tensor) -> float:
-    """Area under the ROC curve: the chance that a case of class 1 scores above one of class 0."""
+    """Area under the ROC curve: the chance that a case of class 1 scores above one of class 0; that
+    is 0 where scores are not numbers."""
     ones, zeros = margin[y == 1].double(), margin[y == 0].double()
     if not len(ones) or not len(zeros):
         return math.nan
+    if margin.isnan().any():
+        return 0.0
     ordered = zeros.sort().values
     below = torch.searchsorted(ordered, ones) + torch.searchsorted(ordered, ones, right=True)
     return float(below.double().mean()) / (2 * len(zeros))

@@ -35,6 +35,7 @@ class Outcome:
     error: str | None  # one line, or None where the cell is finished
     details: str = ""  # the traceback in the worker, where there is one
     seconds: float = 0.0
+    died: bool = False  # its process ended before it did
 
 
 class Crew:
@@ -50,6 +51,7 @@ class Crew:
         # What a cell writes is whole, so its process may be killed at any instant.
         self._workers = Workers(size, _serve, work, prepare)
         self._cells: dict[Worker, Cell] = {}
+        self._again: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +72,8 @@ class Crew:
     ) -> Iterator[Outcome]:
         """Run `cells` in their folders inside `out`; yield each one's outcome as it ends.
 
-        The longest cells go first, as far as finished ones of the same data and method tell.
+        The longest cells go first, as far as finished ones of the same data and method tell. One
+        whose process dies, which memory that ran out for all may have killed, is tried once more.
 
         Args:
             after: called with each outcome; returns the cells that may run from then on.
@@ -84,6 +87,10 @@ class Crew:
             for pipe in connection.wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
                 outcome = _collect(worker, self._cells.pop(worker))
+                if outcome.died and outcome.cell.name not in self._again:
+                    self._again.add(outcome.cell.name)
+                    queue.add([outcome.cell])
+                    continue
                 if outcome.error is None:
                     queue.learn(outcome.cell, outcome.seconds)
                 queue.add(after(outcome))
@@ -141,7 +148,8 @@ def _collect(worker: Worker, cell: Cell) -> Outcome:
         return Outcome(cell, *worker.pipe.recv())
     except (EOFError, OSError):
         how = worker.death()
-        return Outcome(cell, f"its process {'was ' if how.startswith('killed') else ''}{how}")
+        how = f"its process {'was ' if how.startswith('killed') else ''}{how}"
+        return Outcome(cell, how, died=True)
 
 
 def _serve(pipe: Connection, work: Work, prepare: Callable[[], object] | None) -> None:

@@ -6,7 +6,7 @@ It prints what it is given; the table of a comparison and its statistics are the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from rich.text import Text
 from ..errors import MissingExtraError
 from ..report.overall import overviews, ranking, regrets
 from ..report.page import write_report
-from ..report.runs import is_fedmerge
+from ..report.runs import is_fedmerge, twin_of
 from ..report.tables import (
     findings,
     load_runs,
@@ -241,8 +241,10 @@ def print_comparison(cells: Sequence[Cell], out: Path, notes: Sequence[str] = ()
         lines.append(f"The page also shows {len(runs) - len(asked)} earlier runs in {out}.")
     lines += found.not_won
     methods = {run.method for run in asked}
-    if not found.not_won and len(methods) > 1 and any(map(is_fedmerge, methods)):
-        lines.append("There is no setting in which another method had the better mean.")
+    subject = next((run.method for run in asked if is_fedmerge(run.method)), None)
+    if not found.not_won and len(methods) > 1 and subject:
+        but = f" but {twin_of(subject)}" if twin_of(subject) in methods else ""
+        lines.append(f"There is no setting in which another method{but} had the better mean.")
     for line in (*lines, *notes):
         _say(console, line)
 
@@ -253,7 +255,8 @@ def methods_grid(runs: Sequence[Run]) -> Grid:
     ranks = ranking(tables).means
     grid = Grid(
         title="Over all settings, and the cost in models",
-        caption="regret: largest loss to the best mean of a setting (merged model, last round)\n"
+        caption="regret: largest loss to the best mean of a setting (merged model, last round)"
+        f"{_twins(regret.method for table in tables for regret in regrets(table))}\n"
         "down, up: a client and round; client, per client: kept by each client, and for it by the "
         "server\npasses: of local training in a round, FedAvg's is 1; fine-tuning before use "
         "is not in it",
@@ -279,6 +282,16 @@ def methods_grid(runs: Sequence[Run]) -> Grid:
         costs = [models_text(cost[key] for cost in own if key in cost) for _, key in COST_COLUMNS]
         grid.add_row(Text(method), *lost, rank, *costs)
     return grid
+
+
+def _twins(methods: Iterable[str]) -> str:
+    """What regret does not count, where two methods are one training."""
+    names = set(methods)
+    pairs = [(name, twin_of(name)) for name in sorted(names) if is_fedmerge(name)]
+    both = [f"{one} and {other}" for one, other in pairs if one < other and other in names]
+    if not both:
+        return ""
+    return f"; {', '.join(both)} are one training, and neither is held against the other"
 
 
 def _console() -> Console:

@@ -5,6 +5,7 @@ It holds numbers and the test behind them; how they are printed or drawn is deci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,9 @@ def _of_model(name: str) -> Read:
         seen = run.at(at)
         scores = None if seen is None else seen.models.get(model)
         value: float | None = None if scores is None else getattr(scores, name)
+        if value is not None and scores is not None and scores.loss is not None:
+            # What a model that has diverged answers is no answer, whatever share of it is right.
+            return value if finite(scores.loss) else math.nan
         return value
 
     return read
@@ -112,7 +116,8 @@ METRICS: Mapping[str, Metric] = {
 class Entry:
     """One method in one setting: mean and sample standard deviation over its n seeds.
 
-    best: the best mean of the setting (of equals, the first; none with a lone method). tied: not
+    best: the best mean of the setting (of equals, FedMerge's or the first; none with a lone
+    method). tied: not
     the best, and not significantly worse. near: shown to lose less than `MARGIN` to the best. p: of
     the paired test against the best, corrected for the tests of its family (`_column`), None where
     there was none. behind: what it loses to the best, by seed; None for the best itself. shared:
@@ -218,7 +223,8 @@ def _column(
     means = {name: float(np.mean(list(seen.values()))) for name, seen in column.items() if seen}
     compared = better and len(column) > 1
     ranked = [name for name, mean in means.items() if compared and finite(mean)]
-    best = max(ranked, key=lambda name: better * means[name], default=None)
+    # Of equals the subject, else the first: what is said must not depend on the order of methods.
+    best = max(ranked, key=lambda name: (better * means[name], name == subject), default=None)
     rivals = [name for name in ranked if name != best]
     behind = {} if best is None else {
         name: behind_by_seed(column[name], column[best], better) for name in rivals
