@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -179,6 +180,13 @@ def test_mlflow_holds_settings_rounds_and_result(tmp_path: Path, store: str) -> 
         assert [one.value for one in history] == pytest.approx(values, rel=1e-12)
     for name, value in final(result).items():
         assert found.data.metrics[name] == pytest.approx(value, rel=1e-12)
+    shutil.rmtree(folder)  # what is run there now is another run, with an entry of its own
+    run(folder, [f"mlflow:{store}"])
+    client, both = runs_of(store)
+    assert len(both) == 2
+    for one in both:
+        history = client.get_metric_history(one.info.run_id, next(iter(expected(folder))))
+        assert sorted(point.step for point in history) == [1, 2, 3]
 
 
 def test_no_run_of_a_comparison_is_lost(tmp_path: Path, store: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError, MissingExtraError, did_you_mean
-from .folder import COMPARISON, FREE
+from .folder import COMPARISON, CONFIG, FREE
 
 if TYPE_CHECKING:
     from ..sim import RoundLog
@@ -96,21 +96,25 @@ class MLflow:
 
         self._client, self._metric = client, Metric
         tags = {} if folder is None else {FOLDER: str(folder.resolve())}
-        earlier = self._earlier(experiment, tags)
+        own = {key: str(value) for key, value in config.items() if key not in FREE}
+        # Only a run that has begun here is gone on with: a folder may be used anew.
+        begun = folder is not None and (folder / CONFIG).is_file()
+        earlier = self._earlier(experiment, tags, own) if begun else None
         if earlier is not None:
             self._run = earlier
             client.update_run(self._run, status="RUNNING")
             return
         self._run = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
-        params = [Param(key, str(value)) for key, value in config.items() if key not in FREE]
-        client.log_batch(self._run, params=params)
+        client.log_batch(self._run, params=[Param(key, value) for key, value in own.items()])
 
-    def _earlier(self, experiment: str, tags: Mapping[str, str]) -> str | None:
-        if not tags:
-            return None
+    def _earlier(
+        self, experiment: str, tags: Mapping[str, str], own: Mapping[str, str]
+    ) -> str | None:
+        """The latest run of that folder, if it is one of the same settings."""
         value = tags[FOLDER].replace("'", "\\'")
         runs = self._client.search_runs([experiment], f"tags.`{FOLDER}` = '{value}'", max_results=1)
-        return str(runs[0].info.run_id) if runs else None
+        same = bool(runs) and runs[0].data.params == own
+        return str(runs[0].info.run_id) if same else None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Tracker.write`."""
