@@ -7,6 +7,7 @@ closed form; what all methods have in common is tested in `test_conformance`.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -481,6 +482,33 @@ def test_more_models_than_clients_are_refused_by_a_simulation() -> None:
 
 FINE_TUNED = ["WarmIFCA", "FeSEM", "CFL", "PPFL", "FedAvg"]
 AVERAGED = ["FedAvg", "FedAvgFT", "WarmIFCA", "CFL", "PPFL"]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("x = = 1", r"cannot be imported \(SyntaxError: .*\)$"),
+        ("raise RuntimeError('two\\nlines')", r"cannot be imported \(RuntimeError: two lines\)$"),
+        ("class Mines: pass", 'own_methods has no class Mine; did you mean "Mines"'),
+        ("Mine = 3", "wanted a dataclass that extends fedmerge.Algorithm"),
+        (
+            "from dataclasses import dataclass\nfrom fedmerge import Algorithm\n"
+            "@dataclass(frozen=True)\nclass Mine(Algorithm): pass",
+            'its class has no name: wanted name = "..." in Mine',
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_method_of_ones_own_is_told_in_a_line(
+    body: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_methods.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_methods", raising=False)
+    with pytest.raises(ConfigError, match=told) as caught:
+        make_method("own_methods.Mine")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"nowhere.*is its folder on PYTHONPATH"):
+        make_method("nowhere.Mine")
 
 
 @pytest.mark.parametrize(

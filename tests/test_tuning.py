@@ -188,7 +188,6 @@ def write_run(cell: Cell, out: Path, *rounds: Mapping[str, Any]) -> None:
         ([logged(None, 2.0), logged(None, 2.5, worst=9.0)], -2.5),  # regression
         ([logged(0.9, 0.5), logged(0.9, None)], None),  # diverged at the end
         ([logged(0.9, None), logged(0.6, 1.5)], 0.6),
-        ([{}], None),
     ],
 )
 def test_the_score_is_of_the_last_evaluated_round(
@@ -197,6 +196,28 @@ def test_the_score_is_of_the_last_evaluated_round(
     (group,) = groups_of()
     write_run(group.cells[0], tmp_path, *rounds)
     assert score(group.cells[0].folder(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]\n",
+        '{"metrics": {}}\n',
+        '{"metrics": {"merged": {"validation": {}}}}\n',
+        '{"me',
+        None,
+    ],
+)
+def test_a_log_that_is_damaged_is_no_model_that_diverged(tmp_path: Path, text: str | None) -> None:
+    (group,) = groups_of()
+    folder = group.cells[0].folder(tmp_path)
+    write_run(group.cells[0], tmp_path, logged(0.5, 1.0))
+    (folder / "log.jsonl").unlink()
+    if text is not None:
+        (folder / "log.jsonl").write_text(text)
+    with pytest.raises(StateError, match=r"log\.jsonl: .*; remove .* to run that trial again"):
+        score(folder)
 
 
 def play(

@@ -19,6 +19,7 @@ from .compare import cells as parts
 from .compare import folder, screen, trackers
 from .compare.presets import Names, Protocol
 from .config import RunConfig, import_core, load_config
+from .errors import ConfigError, FedmergeError
 from .lines import StoppedError, complain, debugging
 
 if TYPE_CHECKING:
@@ -183,7 +184,16 @@ def check_cells(cells: Sequence[parts.Cell], quiet: bool = False) -> None:
             if any(issubclass(one.category, DataWarning) for one in found):
                 break
         for config in methods.values():
-            config.simulation(federation)
+            try:
+                config.simulation(federation)
+            except Exception as error:
+                if isinstance(error, FedmergeError) or "." not in config.method.partition(":")[0]:
+                    raise
+                # A method of the caller's own may raise anything.
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ConfigError(
+                    f"{config.method} in {config.data}/{config.setting}: {reason}"
+                ) from error
 
 
 def prepare_worker(trackers_down: Collection[str] = ()) -> None:

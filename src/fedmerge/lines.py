@@ -96,4 +96,7 @@ def _usage_text(error: Exception) -> str:
         return f'unknown option "{option}"{did_you_mean(option, near)}'
     text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
+    # Two libraries may each have added the same hint.
+    text, *hints = text.split(" Did you mean ")
+    text = " Did you mean ".join([text, *dict.fromkeys(hint.strip() for hint in hints)])
     return f"{text} Try: {context.command_path} --help" if text and context is not None else text

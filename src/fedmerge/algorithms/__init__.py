@@ -115,13 +115,19 @@ def _find(name: str) -> tuple[type[Algorithm], Mapping[str, object]]:
     if not dot:
         raise ConfigError(f'there is no method "{name}"{did_you_mean(name, METHODS)}')
     try:
-        kind = getattr(importlib.import_module(module), leaf)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f'method "{name}" cannot be imported ({error}): is its folder on PYTHONPATH?'
-        ) from error
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the caller's own module raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        where = ": is its folder on PYTHONPATH?" if isinstance(error, ImportError) else ""
+        raise ConfigError(f'method "{name}" cannot be imported ({reason}){where}') from error
+    kind = getattr(found, leaf, None)
+    if kind is None:
+        own = [n for n, one in vars(found).items() if isinstance(one, type)]
+        raise ConfigError(f'method "{name}": {module} has no class {leaf}{did_you_mean(leaf, own)}')
     if not (isinstance(kind, type) and issubclass(kind, Algorithm) and is_dataclass(kind)):
         raise ConfigError(f'method "{name}": wanted a dataclass that extends fedmerge.Algorithm')
+    if not isinstance(getattr(kind, "name", None), str):
+        raise ConfigError(f'method "{name}": its class has no name: wanted name = "..." in {leaf}')
     return kind, {}
 
 

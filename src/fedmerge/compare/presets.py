@@ -207,7 +207,8 @@ def _pairs(
         if alone is not None and (named[place] or not pairs):
             raise ConfigError(
                 f"{option} {alone} fits no {kind} of this comparison ({', '.join(others)}): data "
-                f'with clients of its own goes with the setting "{NATURAL}", and only such data'
+                f'sets with clients of their own go with "{NATURAL}", others with the settings '
+                "that make clients, and files of yours with all that they allow"
             )
     return pairs
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr
 
+from ..errors import StateError
 from .folder import LOG
 
 OUT = 0.3
@@ -72,13 +73,22 @@ def score(folder: Path) -> float | None:
     there is no accuracy it is minus the mean validation loss. Both are of the last evaluated round,
     the one of which figures are reported: that of least loss would misjudge methods that overfit,
     whose accuracy still rises then.
+
+    Raises:
+        StateError: the log of the trial is lost or damaged.
     """
-    last: dict[str, Any] | None = None
-    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
-        last = json.loads(line)["metrics"].get("merged", last)
-    if last is None or last["validation"]["loss"] is None:
-        return None
-    accuracy = last["validation"]["accuracy"]
-    if accuracy is None:
-        return -float(last["validation"]["loss"]["mean"])
-    return (float(accuracy["mean"]) + float(accuracy["worst_decile"])) / 2
+    path = folder / LOG
+    try:
+        found = [json.loads(line)["metrics"] for line in path.read_text("utf-8").splitlines()]
+        evaluated = [models["merged"]["validation"] for models in found if models]
+        if not evaluated:
+            raise ValueError("no evaluated round")
+        loss, accuracy = evaluated[-1]["loss"], evaluated[-1]["accuracy"]
+        if loss is None:
+            return None
+        if accuracy is None:
+            return -float(loss["mean"])
+        return (float(accuracy["mean"]) + float(accuracy["worst_decile"])) / 2
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
+        raise StateError(f"{path}: {what}; remove {folder} to run that trial again") from error

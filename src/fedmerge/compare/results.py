@@ -96,6 +96,15 @@ def _check_form(folder: Path, result: Result) -> None:
             f"{folder / RESULT} has no {missing[0]}: another version of fedmerge wrote it; "
             f"remove {folder} to run it again, or use that version"
         )
+    try:
+        same = [c["id"] for c in result["clients"]] == [c["id"] for c in result["best"]["clients"]]
+    except (LookupError, TypeError):
+        same = False
+    if not same:
+        raise StateError(
+            f"{folder / RESULT} is damaged (its clients are not those of its best round); "
+            f"remove {folder} to run it again"
+        )
 
 
 def _place(result: Result) -> Place:

@@ -8,6 +8,7 @@ is reported.
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -279,7 +280,8 @@ def _read_choice(path: Path, group: Group) -> Choice | None:
         return None
     try:
         points, values = made["points"], made["chosen"]
-        scores, seeds = tuple(made["scores"]), tuple(made["seeds"])
+        scores = tuple(None if one is None else float(one) for one in made["scores"])
+        seeds = tuple(map(operator.index, made["seeds"]))
         choice = Choice(values, scores, seeds, dict(made["failed"]))
     except (KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path} is damaged ({error!r}); remove it to tune again") from error

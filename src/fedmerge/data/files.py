@@ -75,7 +75,8 @@ def load_csv(
     columns, rows = _read_table(Path(path))
     for wanted in (client, target, *drop):
         if wanted not in columns:
-            raise DataError(f'"{path}": no column "{wanted}"{did_you_mean(wanted, columns)}')
+            how = "" if wanted in drop else f', or name yours as "table:{path}:client=...:y=..."'
+            raise DataError(f'"{path}": no column "{wanted}"{did_you_mean(wanted, columns)}{how}')
     features = [i for i, name in enumerate(columns) if name not in (client, target, *drop)]
     if not features:
         raise DataError(f'"{path}": no feature columns besides "{client}" and "{target}"')
@@ -201,7 +202,8 @@ def _number(path: str | Path, line: int, column: str, cell: str) -> float:
     if not math.isfinite(value):
         raise DataError(
             f'"{path}", row {line}, column "{column}": "{cell}", wanted a finite number; fill it '
-            "in or drop the row"
+            f'in or drop the row, or take empty cells for missing values with "table:{path}:'
+            'standardise=true"'
         )
     return value
 
