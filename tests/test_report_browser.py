@@ -204,6 +204,24 @@ def test_focus_is_never_under_the_bar(shared: Browser) -> None:
         assert shared.run(top) >= shared.run(f"{bar}.bottom")
 
 
+def test_on_paper_all_is_open_and_shown(shared: Browser) -> None:
+    shut = "document.querySelectorAll('details:not([open])').length"
+    lively = "document.querySelectorAll('.panel[data-lively]').length"
+    before = shared.run(shut)
+    assert before > 0
+    shared.run("dispatchEvent(new Event('beforeprint'))")
+    assert shared.run(shut) == 0
+    assert shared.run(lively) == shared.run("document.querySelectorAll('.panel').length") > 1
+    shared.run("dispatchEvent(new Event('afterprint'))")
+    assert shared.run(shut) == before
+
+
+def test_the_slider_says_its_round_before_it_is_moved(shared: Browser) -> None:
+    slider = f"{PANEL}.querySelector('.slider input')"
+    output = shared.run(f"{PANEL}.querySelector('.slider output').value")
+    assert shared.run(f"{slider}.getAttribute('aria-valuetext')") == f"round {output}"
+
+
 def test_a_methods_name_lifts_its_line(shared: Browser) -> None:
     lit = f"[...{PANEL}.querySelectorAll('.lines .on title')].map((t) => t.textContent)"
     button = f"[...{PANEL}.querySelectorAll('.name')].find((b) => b.textContent === 'local')"
