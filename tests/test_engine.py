@@ -534,6 +534,10 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn(execution: str) -> Non
         wanted = roc_auc_score(y, output[:, 1] - output[:, 0])
         assert area[i] == pytest.approx(wanted, abs=1e-9)
     assert area[2].isnan()
+    rows[0, 0] = float("nan")
+    spoilt = Engine(module, layout, BASE, execution).measure(rows, [data])[0][2]
+    assert float(spoilt[0]) == 0.0  # not 1, which scores that are not numbers sort to
+    assert spoilt[1] == area[1]
 
 
 def test_there_is_no_area_with_more_classes() -> None:

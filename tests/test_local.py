@@ -556,12 +556,14 @@ def test_many_examples_are_evaluated_in_parts_and_none_give_nan(execution: str) 
 
 
 @pytest.mark.parametrize("execution", ["stacked", "sequential"])
-def test_a_diverged_model_has_an_infinite_loss(execution: str) -> None:
+def test_a_diverged_model_has_an_infinite_loss_and_no_right_answer(execution: str) -> None:
     engine, _, rows = setting(net(dtype=torch.float64), BASE, execution)
     rows[1, 0] = float("nan")
-    loss, _ = figures(engine, rows, examples())
+    loss, accuracy = figures(engine, rows, examples())
     assert loss.isinf().tolist() == [False, True, False, False]
     assert bool(loss[1] > 0)
+    assert float(accuracy[1]) == 0.0  # not the share of the first class
+    assert 0 in examples().y[examples().start[1] : examples().start[1] + examples().count[1]]
 
 
 @pytest.mark.parametrize("execution", ["stacked", "sequential"])

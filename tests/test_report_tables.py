@@ -173,10 +173,14 @@ def test_a_method_that_leads_on_the_seeds_it_shares_with_the_best_is_not_worse()
     assert judge({"m": gap})["m"][0]
 
 
-def test_of_equal_means_the_first_is_best_and_the_others_tied() -> None:
-    table = comparison(make({"s": {"local": [0.5, 0.6], "fedmerge": [0.5, 0.6]}}))
-    assert table.best("s") == "local"
-    assert table.entries["fedmerge", "s"].tied
+def test_of_equal_means_one_is_best_whatever_the_order_and_the_others_tied() -> None:
+    for names in (("local", "fedmerge"), ("fedmerge", "local")):
+        table = comparison(make({"s": {name: [0.5, 0.6] for name in names}}))
+        assert table.best("s") == "fedmerge"
+        assert table.entries["local", "s"].tied
+    table = comparison(make({"s": {name: [0.5, 0.6] for name in ("ditto", "local")}}))
+    assert table.best("s") == "ditto"
+    assert table.entries["local", "s"].tied
 
 
 def test_a_missing_pair_and_a_diverged_run_are_never_best() -> None:
