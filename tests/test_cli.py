@@ -106,6 +106,7 @@ def test_a_slip_is_one_line_and_exit_code_2(arguments: list[str], message: str) 
     code, output, errors = finish(command(*arguments))
     assert (code, output, len(errors)) == (2, "", 1)
     assert errors[0].startswith(f"fedmerge: {message}")
+    assert errors[0].count("Did you mean") <= 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:

@@ -670,3 +670,18 @@ def test_a_terminal_shows_what_is_waited_for_and_then_the_cells(
     assert b"The page is" in shown
     waited, counted = b"digits, domain: loading" in shown, b"1/1" in shown
     assert (waited, counted) == (not quiet, not quiet)
+
+
+def test_what_a_method_of_ones_own_raises_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_method.py").write_text(
+        "from dataclasses import dataclass\nfrom fedmerge import FedAvg\n"
+        "@dataclass(frozen=True)\nclass Boom(FedAvg):\n    name = 'boom'\n"
+        "    def shared(self, setup):\n        raise KeyError('lost')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ("--settings", "concept", "--methods", "own_method.Boom", "--seeds", "0")
+    result = call("compare", *names, "--data", "gaussian", *TINY, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "own_method.Boom in gaussian/concept: KeyError: 'lost'" in result.stderr

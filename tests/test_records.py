@@ -607,6 +607,10 @@ def test_a_result_of_another_version_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     with pytest.raises(StateError, match=r"result.json has no best: another version"):
         collect(tmp_path)
+    stored["best"] = {"clients": stored["clients"][1:]}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(StateError, match=r"result.json is damaged \(its clients are not those"):
+        collect(tmp_path)
 
 
 def test_records_of_a_client_are_in_the_order_of_the_clients() -> None:

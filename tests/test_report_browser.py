@@ -216,10 +216,15 @@ def test_on_paper_all_is_open_and_shown(shared: Browser) -> None:
     assert shared.run(shut) == before
 
 
-def test_the_slider_says_its_round_before_it_is_moved(shared: Browser) -> None:
-    slider = f"{PANEL}.querySelector('.slider input')"
-    output = shared.run(f"{PANEL}.querySelector('.slider output').value")
-    assert shared.run(f"{slider}.getAttribute('aria-valuetext')") == f"round {output}"
+def test_the_slider_says_its_round_before_it_is_moved(tmp_path: Path) -> None:
+    write_folder(tmp_path, settings=("domain",), methods=("fedmerge", "fedavg"), rounds=4)
+    with Browser(PATH or "") as browser:
+        browser.open(write_report(tmp_path))
+        slider, output = (
+            f"{PANEL}.querySelector('.slider {part}')" for part in ("input", "output")
+        )
+        shown = browser.run(f"{output}.value")
+        assert browser.run(f"{slider}.getAttribute('aria-valuetext')") == f"round {shown}"
 
 
 def test_a_methods_name_lifts_its_line(shared: Browser) -> None:

@@ -392,6 +392,21 @@ def test_differences_stand_at_their_means_and_are_filled_when_beyond_chance(
     assert low < 0 < high
 
 
+def test_an_interval_that_the_axis_cuts_ends_in_an_arrow(runs: list[Run]) -> None:
+    fought = list(duels(runs, "fedmerge"))
+
+    def arrows() -> list[str]:
+        axes = figures.duel_intervals(fought, "fedmerge").axes[0]
+        return [str(line.get_marker()) for line in axes.get_lines() if line.get_marker() in "<>"]
+
+    assert arrows() == []
+    wild = replace(fought[0].by_seed, low=-9.0)
+    fought[0] = replace(fought[0], by_seed=wild)
+    assert arrows() == ["<"]
+    fought[0] = replace(fought[0], by_seed=replace(wild, high=9.0))
+    assert arrows() == ["<", ">"]
+
+
 def test_the_worth_of_models_is_drawn_in_the_order_of_the_weights(runs: list[Run]) -> None:
     run = of(runs, "fedmerge")[0]
     figure = figures.importance_map(run)
@@ -681,5 +696,16 @@ def test_few_clients_without_kinds_are_named_on_the_map() -> None:
     point = {"x": 10.0, "y": 20.0, "name": "north", "letter": "", "colour": "var(--rule)"}
     found = {"size": (520, 360), "radius": 9.0, "kinds": [], "share": 0.5, "points": [point] * 16}
     assert texts(figures.map_picture(found, "map")).count("north") == 16
+    close = [
+        {**point, "x": 390.0 + 40 * i, "y": 200.0 + 9 * i, "name": f"sex {i} younger"}
+        for i in range(3)
+    ]
+    figure = figures.map_picture({**found, "points": close}, "map")
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("sex")]
+    assert len(boxes) == 3
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(box.x1 < axes.get_window_extent().x1 for box in boxes)
     found = {**found, "points": [point] * 17}
     assert "north" not in texts(figures.map_picture(found, "map"))

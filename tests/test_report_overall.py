@@ -273,3 +273,12 @@ def test_there_is_one_verdict_on_fedmerge_and_another_method_wherever_it_is_told
             assert doubted == ours.tied
             assert ours.tied or "beyond chance" in said.by_setting[setting]
     assert min(seen.values()) > 2, seen
+
+
+def test_the_same_training_is_not_among_those_with_less_regret() -> None:
+    values = {
+        "a": {"fedmerge": [0.7, 0.8], "fedmerge-ft": [0.75, 0.85], "local": [0.78, 0.80]},
+        "b": {"fedmerge": [0.9, 0.9], "fedmerge-ft": [0.9, 0.9], "local": [0.89, 0.89]},
+    }
+    said = totals(make(values)).sentences[0]
+    assert "1 method with less: local" in said

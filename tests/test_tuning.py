@@ -525,9 +525,12 @@ def test_a_choice_among_other_points_is_refused(tmp_path: Path) -> None:
     play(Tuning(groups_of(), tmp_path), tmp_path, lambda cell: [logged(0.5, 1.0)])
     with pytest.raises(StateError, match=r"is a choice among .*; choose another --out"):
         Tuning(groups_of(({}, {"lr": 0.2})), tmp_path)
-    (tmp_path / "tuning" / "digits--domain--ditto.json").write_text('{"points": 3}')
-    with pytest.raises(StateError, match=r"is damaged .*; remove it to tune again"):
-        Tuning(groups_of(), tmp_path)
+    path = tmp_path / "tuning" / "digits--domain--ditto.json"
+    made = json.loads(path.read_text())
+    for damaged in ({"points": 3}, {**made, "seeds": ["a", None]}, {**made, "scores": "x"}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(StateError, match=r"is damaged .*; remove it to tune again"):
+            Tuning(groups_of(), tmp_path)
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -96,25 +96,22 @@ class MLflow:
 
         self._client, self._metric = client, Metric
         tags = {} if folder is None else {FOLDER: str(folder.resolve())}
-        own = {key: str(value) for key, value in config.items() if key not in FREE}
         # Only a run that has begun here is gone on with: a folder may be used anew.
         begun = folder is not None and (folder / CONFIG).is_file()
-        earlier = self._earlier(experiment, tags, own) if begun else None
+        earlier = self._earlier(experiment, tags[FOLDER]) if begun else None
         if earlier is not None:
             self._run = earlier
             client.update_run(self._run, status="RUNNING")
             return
         self._run = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
-        client.log_batch(self._run, params=[Param(key, value) for key, value in own.items()])
+        params = [Param(key, str(value)) for key, value in config.items() if key not in FREE]
+        client.log_batch(self._run, params=params)
 
-    def _earlier(
-        self, experiment: str, tags: Mapping[str, str], own: Mapping[str, str]
-    ) -> str | None:
-        """The latest run of that folder, if it is one of the same settings."""
-        value = tags[FOLDER].replace("'", "\\'")
+    def _earlier(self, experiment: str, folder: str) -> str | None:
+        """The latest run of that folder."""
+        value = folder.replace("'", "\\'")
         runs = self._client.search_runs([experiment], f"tags.`{FOLDER}` = '{value}'", max_results=1)
-        same = bool(runs) and runs[0].data.params == own
-        return str(runs[0].info.run_id) if same else None
+        return str(runs[0].info.run_id) if runs else None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Tracker.write`."""

@@ -20,8 +20,8 @@ _COLUMNS = 3
 _NAMED = 16
 """Clients that are named where no kinds tell them apart."""
 _SIDES = (
-    ("center", 0, 11), ("center", 0, -11), ("left", 8, 0), ("right", -8, 0),
-    ("center", 0, 20), ("center", 0, -20),
+    ("center", 0, 12), ("center", 0, -12), ("left", 8, 0), ("right", -8, 0),
+    ("center", 0, 23), ("center", 0, -23),
 )  # fmt: skip
 """Where a name may stand: how it is aligned, and how far from its point, in points of print."""
 
@@ -77,7 +77,7 @@ def _name(axes: Axes, points: Sequence[Mapping[str, Any]], scale: float, wide: f
     taken += [(-999.0, 0, 0, 999), (wide * scale, 0, 999, 999)]
     for (x, y), point in zip(spots, points, strict=True):
         text = cut(point["name"], 18)
-        boxes = [_box(x + dx, y - dy, 4.2 * len(text), align) for align, dx, dy in _SIDES]
+        boxes = [_box(x + dx, y - dy, 4.4 * len(text), align) for align, dx, dy in _SIDES]
         best = min(range(len(boxes)), key=lambda i: sum(_meet(boxes[i], one) for one in taken))
         taken.append(boxes[best])
         align, dx, dy = _SIDES[best]
@@ -87,7 +87,7 @@ def _name(axes: Axes, points: Sequence[Mapping[str, Any]], scale: float, wide: f
 
 def _box(x: float, y: float, wide: float, align: str) -> tuple[float, float, float, float]:
     left = x - wide * {"left": 0.0, "center": 0.5, "right": 1.0}[align]
-    return left, y - 4, left + wide, y + 4
+    return left, y - 5, left + wide, y + 5
 
 
 def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
