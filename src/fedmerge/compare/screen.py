@@ -27,6 +27,7 @@ from rich.text import Text
 from ..errors import MissingExtraError
 from ..report.overall import overviews, ranking, regrets
 from ..report.page import write_report
+from ..report.ranking import subject_of
 from ..report.runs import is_fedmerge, twin_of
 from ..report.tables import (
     findings,
@@ -241,7 +242,7 @@ def print_comparison(cells: Sequence[Cell], out: Path, notes: Sequence[str] = ()
         lines.append(f"The page also shows {len(runs) - len(asked)} earlier runs in {out}.")
     lines += found.not_won
     methods = {run.method for run in asked}
-    subject = next((run.method for run in asked if is_fedmerge(run.method)), None)
+    subject = subject_of(run.method for run in asked)
     if not found.not_won and len(methods) > 1 and subject:
         but = f" but {twin_of(subject)}" if twin_of(subject) in methods else ""
         lines.append(f"There is no setting in which another method{but} had the better mean.")

@@ -117,12 +117,12 @@ class Entry:
     """One method in one setting: mean and sample standard deviation over its n seeds.
 
     best: the best mean of the setting (of equals, FedMerge's or the first; none with a lone
-    method). tied: not
-    the best, and not significantly worse. near: shown to lose less than `MARGIN` to the best. p: of
-    the paired test against the best, corrected for the tests of its family (`_column`), None where
-    there was none. behind: what it loses to the best, by seed; None for the best itself. shared:
-    number of seeds that this method and the best both have. diverged: number of seeds whose value
-    is not finite; with any, the mean is NaN and the method comes after all that have one.
+    method). tied: not the best, and not significantly worse. near: shown to lose less than `MARGIN`
+    to the best. p: of the paired test against the best, corrected for the tests of its family
+    (`_column`), None where there was none. behind: what it loses to the best, by seed; None for the
+    best itself. shared: number of seeds that this method and the best both have. diverged: number
+    of seeds whose value is not finite; with any, the mean is NaN and the method comes after all
+    that have one.
     """
 
     mean: float | None

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedmerge.report.findings import called
 from fedmerge.report.overall import Duel, Ranking, Regret, duels, overviews, ranking, regrets
-from fedmerge.report.ranking import METRICS, Table, unique
+from fedmerge.report.ranking import METRICS, Table, subject_of, unique
 from fedmerge.report.runs import Run, finite, is_fedmerge, twin_of
 from fedmerge.report.tables import value_text
 
@@ -50,7 +50,7 @@ def totals(runs: Sequence[Run], model: str = "merged", at: str = "last") -> Tota
     tables = tuple(overviews(runs, model, at))
     lost = tuple(regrets(table) for table in tables)
     ranked = ranking(tables)
-    subject = next((run.method for run in runs if is_fedmerge(run.method)), None)
+    subject = subject_of(run.method for run in runs)
     twin = twin_of(subject) if subject else None
     rivalling = [run for run in runs if run.method != twin]
     fought = duels(rivalling, subject, model) if subject else ()
