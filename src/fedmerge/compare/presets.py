@@ -50,7 +50,7 @@ PRESETS: Mapping[str, Preset] = {
         methods="fedmerge,fedavg,fedavg-ft,fedprox,local,ifca-warm,ditto",
         seeds="0-2",
     ),
-    # The sizes are such that two fast cores need an hour for all of it.
+    # The sizes are such that two fast cores need less than an hour for all of it.
     "standard": Preset(
         data={
             "digits": {"clients": 32, "rounds": 60, "epochs": 5},
