@@ -66,9 +66,7 @@ class StackedNet:
         was = module.training
         try:
             # Inside a Sequential, so that a module which is one layer is seen as a layer.
-            graphs = [
-                fx.symbolic_trace(nn.Sequential(module.train(on))).graph for on in (True, False)
-            ]
+            graphs = [fx.Tracer().trace(nn.Sequential(module.train(on))) for on in (True, False)]
         except Exception as error:
             # Tracing runs the caller's own forward; whatever it raises, one by one still works.
             return f"{type(module).__name__}, whose forward cannot be traced ({error})"
