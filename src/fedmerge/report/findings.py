@@ -20,19 +20,24 @@ NAMED = 4
 class Findings:
     """What a comparison found.
 
-    headline: what was won, what was lost, and whether the seeds are enough to tell. not_won: one
-    sentence for each setting where another method had the better mean. by_setting: one sentence for
-    each setting. caveat: the test and its limits. name: of what the sentences are about. variants:
-    what the other FedMerge variants are, and what is found of "fedmerge-ft"; empty if there are
-    none.
+    headlines: what was won and what was lost, by accuracy and by loss, and whether the seeds are
+    enough to tell. not_won: one sentence for each setting where another method had the better mean.
+    by_setting: one sentence for each setting. caveat: the test and its limits. name: of what the
+    sentences are about. variants: what the other FedMerge variants are, and what is found of
+    "fedmerge-ft"; empty if there are none.
     """
 
-    headline: str
+    headlines: tuple[str, ...]
     not_won: tuple[str, ...]
     by_setting: Mapping[str, str]
     caveat: str
     name: str = "FedMerge"
     variants: str = ""
+
+    @property
+    def headline(self) -> str:
+        """All of it in one line."""
+        return " ".join(self.headlines)
 
 
 def findings(runs: Sequence[Run]) -> Findings:
@@ -46,9 +51,9 @@ def findings(runs: Sequence[Run]) -> Findings:
     if not variants:
         tables = _tables(runs)
         said = {name: _leader(table, name) for table in tables for name in table.settings}
-        headline = " ".join(_without_fedmerge(table) for table in tables)
+        headlines = tuple(_without_fedmerge(table) for table in tables)
         caveat = tables[0].note if tables else ""
-        return Findings(headline, (), {name: said[name] for name in settings}, caveat)
+        return Findings(headlines, (), {name: said[name] for name in settings}, caveat)
     subject = variants[0]
     twin = twin_of(subject)
     name = called(variants)
@@ -63,7 +68,7 @@ def findings(runs: Sequence[Run]) -> Findings:
         notes += _headlines(_tables([run for run in runs if run.method != subject]), twin, twin)
     ran = [t.entries[subject, s].n for t in tables for s in _judged(t, subject)]
     return Findings(
-        headline=" ".join([*_headlines(tables, subject, name), *_few(ran)]),
+        headlines=(*_headlines(tables, subject, name), *_few(ran)),
         not_won=tuple(said[s] for s in settings if s in lost),
         by_setting={s: said[s] for s in settings},
         caveat=tables[0].note if tables else "",
