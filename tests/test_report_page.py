@@ -113,8 +113,10 @@ def test_the_page_names_every_method_and_setting(text: str) -> None:
 def test_what_is_said_first_is_short(text: str) -> None:
     first = re.search(r"<h1>(.*?)</h1>", text)
     also = re.search(r'<p class="also">(.*?)</p>', text)
-    assert first is not None and also is not None
-    assert first[1].startswith("FedMerge had the best") and first[1].count(". ") == 0
+    assert first is not None
+    assert also is not None
+    assert first[1].startswith("FedMerge had the best")
+    assert first[1].count(". ") == 0
     assert also[1] == "With 2 seeds only large differences can be told from chance."
 
 
