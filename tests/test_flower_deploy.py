@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("flwr")
+
+from cryptography import x509
 
 from fedmerge import ConfigError, MissingExtraError, StateError, Training
 from fedmerge.deploy.check import check_app
@@ -89,6 +92,75 @@ def test_the_script_makes_credentials_that_pass(app: Path) -> None:
     subprocess.run([sys.executable, "make_credentials.py", "3"], cwd=app, check=True)
     assert (app / "credentials" / "site-0.key").read_bytes() == kept
     assert (app / "credentials" / "site-2.key").stat().st_mode & 0o077 == 0
+
+
+def script(app: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "make_credentials.py", "2"]
+    return subprocess.run(command, cwd=app, check=False, capture_output=True, text=True)
+
+
+def contents(app: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (app / "credentials").iterdir()}
+
+
+def changed(app: Path, before: dict[str, bytes]) -> set[str]:
+    return {name for name, data in contents(app).items() if before.get(name) != data}
+
+
+def test_the_script_makes_anew_what_is_not_good_any_more(app: Path) -> None:
+    script(app)  # for its own hosts
+    before = contents(app)
+    assert script(app).stdout == ""
+    assert changed(app, before) == set()
+    expire(app)
+    before = contents(app)
+    made = script(app)
+    assert wrong(app) == []
+    assert changed(app, before) == {"ca.crt", "ca.key", "server.crt", "server.key"}
+    assert "give every site the new ca.crt" in made.stdout
+    assert (app / "credentials" / "ca.key").stat().st_mode & 0o077 == 0
+
+
+def test_the_script_names_other_hosts_with_the_same_authority(app: Path) -> None:
+    script(app)
+    before = contents(app)
+    replace(app / "make_credentials.py", '"server"]', '"fed.hospital.example", "10.1.2.3"]')
+    made = script(app)
+    assert wrong(app) == []
+    assert changed(app, before) == {"server.crt", "server.key"}
+    assert "restart the SuperLink" in made.stdout
+    assert "ca.crt" not in made.stdout
+    certificate = x509.load_pem_x509_certificate(contents(app)["server.crt"])
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.hospital.example"]
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == [
+        "127.0.0.1",
+        "10.1.2.3",
+    ]
+
+
+@pytest.mark.parametrize("fault", ["ca.crt", "server.key"])
+def test_the_script_mends_what_does_not_fit(app: Path, fault: str) -> None:
+    make_credentials(app / "other", ["localhost"], [])
+    shutil.copy(app / "other" / fault, app / "credentials" / fault)
+    assert wrong(app)
+    script(app)
+    assert wrong(app) == []
+
+
+def test_certificates_of_an_authority_that_is_elsewhere_are_kept(app: Path) -> None:
+    (app / "credentials" / "ca.key").unlink()
+    before = contents(app)
+    assert script(app).returncode == 0
+    assert changed(app, before) == set()
+
+
+def test_the_script_says_in_a_line_what_it_cannot_write(app: Path) -> None:
+    shutil.rmtree(app / "credentials")
+    (app / "credentials").write_text("a file")
+    made = script(app)
+    assert made.returncode == 1
+    assert re.fullmatch(r"credentials/ca.crt cannot be written: .+\n", made.stderr)
 
 
 def expire(app: Path) -> None:

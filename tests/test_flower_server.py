@@ -394,6 +394,77 @@ def test_a_node_that_is_one_message_behind_misses_no_round(
     assert all('client "c0" (node 100) has answered 3 orders in a row' in one for one in lines)
 
 
+def test_a_node_that_stops_in_the_middle_of_its_reply_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's Grid waits for what has been announced, for minutes."""
+    monkeypatch.setattr(post, "HOLD", 0.05)
+    monkeypatch.setattr(post, "TOLERANCE", 0.0)
+    grid, real, goes_on, asked = (
+        grid_of(make_clients(3)),
+        LocalGrid.pull_messages,
+        threading.Event(),
+        [],
+    )
+
+    def pull(ids: list[str]) -> list[Message]:
+        for name in ids:
+            message = grid.pushed[int(name[1:])].metadata
+            if message.dst_node_id == 100 and message.message_type == "train":
+                asked.append(name)
+                goes_on.wait(60)
+        return real(grid, ids)
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    began = time.monotonic()
+    options: dict[str, Any] = {"clients": 3, "least": 2, "quorum": 1.0}
+    server = serve(tmp_path, grid, rounds=2, deadline=2.0, **options)
+    assert time.monotonic() - began < 20
+    assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 1), (2, 0)]
+    assert server.soup.rows(["c0", "c1", "c2"])["count"].tolist() == [0, 2, 2]
+    assert len(asked) == len(set(asked))  # Flower is not asked again while it waits
+    goes_on.set()  # what it sends in the end is late
+    assert server.soup.refused == {}
+
+
+def test_what_took_long_to_arrive_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post, "HOLD", 0.01)
+    grid, goes_on = grid_of(make_clients(1)), threading.Event()
+    real = LocalGrid.pull_messages
+
+    def pull(ids: list[str]) -> list[Message]:
+        goes_on.wait(60)
+        if len(grid.pushed) == 2:
+            raise ValueError("of Flower's own")
+        return real(grid, ids)
+
+    grid.nodes[100].app = lambda message, context: Message(RecordDict(), reply_to=message)  # type: ignore[assignment]
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    office = post.Post(grid, 9, ttl=1000)
+
+    def found() -> list[Any]:
+        for _ in range(500):
+            replies = list(office.replies())
+            if replies:
+                return replies
+            time.sleep(0.01)
+        return []
+
+    assert office.send(RecordDict(), "train", "c0", 100, 1, "about")
+    assert list(office.replies()) == []
+    assert office.busy() == {"c0"}
+    goes_on.set()
+    ((letter, content, failure),) = found()
+    assert (letter.about, failure) == ("about", None)
+    assert content is not None
+    goes_on.clear()
+    assert office.send(RecordDict(), "train", "c0", 100, 2, "again")
+    assert list(office.replies()) == []
+    goes_on.set()
+    with pytest.raises(ValueError, match="of Flower's own"):
+        found()
+
+
 def test_when_nodes_are_reminded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Orders that take long, on a clock of the test's own; who answers what is said here, too."""
     clock, answered = 0.0, set[str]()

@@ -5,6 +5,7 @@ It knows Flower's Grid and nothing of models; what an order or a reply says is n
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,11 @@ which would not come while the reply is waited for.
 """
 LONGER = 1.25
 """Times what it has taken a node at best, until then it is likely to be at work."""
+HOLD = 0.5
+"""Seconds that others wait for a reply that has been announced and is being sent.
+
+Flower's Grid waits for the rest of it itself: for minutes, if its sender has stopped in between.
+"""
 TELL = 3
 """Orders in a row that a node has answered after a reminder only, until the operator is told."""
 
@@ -44,6 +50,29 @@ def steady(otherwise: Any, call: Callable[..., Any], *given: Any) -> Any:
             raise
         getLogger("flwr").warning("fedmerge: the SuperLink is not able to answer now: %s", error)
         return otherwise
+
+
+class _Pull(threading.Thread):
+    """What the SuperLink has for a message, asked for beside all else."""
+
+    def __init__(self, grid: Any, name: str) -> None:
+        super().__init__(daemon=True)
+        self._grid, self._name = grid, name
+        self._found: list[Any] = []
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._found = list(steady([], self._grid.pull_messages, [self._name]))
+        except BaseException as error:
+            self._error = error  # of whoever asks for the result
+
+    def found(self) -> list[Any]:
+        """The messages, once it has ended."""
+        if self._error is not None:
+            raise self._error
+        return self._found
 
 
 @dataclass
@@ -94,6 +123,7 @@ class Post:
     _reminders: dict[str, Letter] = field(default_factory=dict)
     _fastest: dict[int, float] = field(default_factory=dict)
     _behind: Counter[int] = field(default_factory=Counter)
+    _pulls: dict[str, _Pull] = field(default_factory=dict)  # those that take longer than `HOLD`
 
     @property
     def full(self) -> bool:
@@ -123,8 +153,8 @@ class Post:
     def replies(self) -> Iterator[tuple[Letter, Any, Failure | None]]:
         """What has come: the letter, its reply's records or None, and the error if there is one."""
         for name in list(self._open):
-            # One at a time, too: replies are as large as models.
-            for message in steady([], self.grid.pull_messages, [name]):
+            # One at a time, too, unless it takes long: replies are as large as models.
+            for message in self._pull(name):
                 letter = self._open.pop(name, None)
                 if letter is None:
                     continue
@@ -143,8 +173,20 @@ class Post:
             late = self._open.get(name)
             if late is not None and time.monotonic() > late.expires:
                 del self._open[name]
+                self._pulls.pop(name, None)  # ends when Flower gives up; nobody waits for it
                 yield late, None, Failure("no reply before the order expired")
         self._remind()
+
+    def _pull(self, name: str) -> list[Any]:
+        """What has come for a message; nothing while it is still on its way."""
+        pull = self._pulls.pop(name, None)
+        if pull is None:
+            pull = _Pull(self.grid, name)
+            pull.join(HOLD)
+        if pull.is_alive():
+            self._pulls[name] = pull
+            return []
+        return pull.found()
 
     def _tell(self, answered: Letter) -> None:
         """Say once which node may be behind for good: it costs every round these seconds."""
@@ -175,8 +217,9 @@ class Post:
         # where that has been answered just now the reply to the order is there, too.
         reminded = {letter.node for letter in self._reminders.values()}
         for name in list(self._reminders):
-            if steady([], self.grid.pull_messages, [name]) or now > self._reminders[name].expires:
+            if self._pull(name) or now > self._reminders[name].expires:
                 del self._reminders[name]
+                self._pulls.pop(name, None)
         for letter in self._open.values():
             if letter.node in reminded or now < letter.sent + letter.patience:
                 continue
