@@ -8,6 +8,7 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 
 from core_fixture import ALL_METHODS
 from fedmerge import ConfigError, StateError, Training, make_method
+from fedmerge.data.clients import Client, Split
 from fedmerge.flower import ServerConfig, client_app, post, wire
 from fedmerge.flower.folder import locked, write_operator
 from fedmerge.flower.identity import key_id
@@ -351,6 +353,64 @@ def test_late_replies_of_all_are_a_round(tmp_path: Path) -> None:
     assert sum(m.metadata.message_type == "train" for m in grid.pushed) == 3
     assert [(log.cohort, log.dropped) for log in server.progress.history] == [(3, 0)]
     assert server.soup.rows(["c0", "c1", "c2"])["count"].tolist() == [1, 1, 1]
+
+
+def one_class(client: Client) -> Client:
+    splits = [Split(part.x, torch.zeros_like(part.y)) for _, part in client.splits()]
+    return Client(client.id, *splits)
+
+
+def with_a_gap(client: Client) -> Client:
+    made = one_class(client)
+    made.validation.x[0, 0] = torch.nan
+    return made
+
+
+def with_label(label: int) -> Callable[[Client], Client]:
+    def change(client: Client) -> Client:
+        client.train.y[0] = label
+        return client
+
+    return change
+
+
+def wider(client: Client) -> Client:
+    splits = [Split(part.x.repeat(1, 2), part.y) for _, part in client.splits()]
+    return Client(client.id, *splits)
+
+
+def not_there(client: Client) -> Client:
+    raise FileNotFoundError(2, "No such file or directory", "site.npz")
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (with_a_gap, 'DataError: client "c0", validation split: 1 NaN or infinite values'),
+        (with_label(3), "DataError: label 3, but the model has outputs for labels 0 to 2"),
+        (with_label(-1), 'DataError: client "c0", training split: label -1, wanted 0 to 2'),
+        (wider, "ModelError: the model does not take this client's inputs of shape (12,): "),
+        (not_there, "DataError: the client's data cannot be read: [Errno 2] No such file"),
+    ],
+)
+def test_a_client_says_in_a_line_what_is_wrong_with_its_data(
+    tmp_path: Path, fault: Callable[[Client], Client], line: str
+) -> None:
+    clients = make_clients(3)
+    grid = grid_of(clients)
+    grid.nodes[100].app = client_app(network, lambda config: fault(clients[0]), TRAINING)
+    server = serve(tmp_path, grid, clients=3, least=2, rounds=2)
+    assert server.progress.members["c0"].error.startswith(line)
+    assert "\n" not in server.progress.members["c0"].error
+    assert server.soup.rows(["c1", "c2"])["count"].tolist() == [2, 2]
+    assert server.progress.history[-1].metrics["merged"]["validation"]["loss"] is not None
+
+
+def test_a_client_of_one_class_takes_part(tmp_path: Path) -> None:
+    clients = make_clients(3)
+    server = serve(tmp_path, grid_of([one_class(clients[0]), *clients[1:]]), clients=3, rounds=2)
+    assert server.soup.rows(["c0"])["count"].tolist() == [2]
+    assert server.progress.members["c0"].error == ""
 
 
 class BehindGrid(LocalGrid):

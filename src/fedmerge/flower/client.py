@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algorithms import METHODS, Setup, Tensors, make_method
 from ..codec import cut, spread
@@ -60,7 +60,8 @@ def client_app(
         try:
             order = wire.read_order(message.content)
             ticket = order.ticket
-            side = Side(order, model, data(context.node_config), training or Training())
+            own = _data_of(data, context.node_config)
+            side = Side(order, model, own, training or Training())
             reply = side.answer(context.state, context.node_config)
         except FedmergeError as error:
             # One line for the operator of the server, in place of a traceback.
@@ -113,6 +114,7 @@ class Side:
                 f"the model of this client ({layout.size} numbers) is not the server's: "
                 "give server_app and every client_app the same model"
             )
+        check_model(module, client)
         n_inputs = client.train.x[0].numel()
         setup = Setup(
             layout, lambda j: layout.row(build(model, order.seed, j)), order.seed, n_inputs
@@ -181,6 +183,13 @@ def as_client(name: str, data: Client | Sequence[Split]) -> Client:
     return Client(name, train, validation, test)
 
 
+def _data_of(data: Data, node_config: Mapping[str, Any]) -> Client | Sequence[Split]:
+    try:
+        return data(node_config)
+    except OSError as error:
+        raise DataError(f"the client's data cannot be read: {error}") from error
+
+
 def check_client(client: Client) -> Federation:
     """The federation of this client alone, checked; a single class is allowed here.
 
@@ -190,14 +199,40 @@ def check_client(client: Client) -> Federation:
     shape = tuple(client.train.x.shape[1:])
     if client.train.y.dtype.is_floating_point:
         made = Federation(client.id, (client,), "regression", int(client.train.y.shape[-1]), shape)
-        check_federation(made)
-        return made
-    labels = torch.cat([split.y for _, split in client.splits()])
-    n_classes = int(labels.max()) + 1 if len(labels) else 1
-    made = Federation(client.id, (client,), "classification", n_classes, shape)
-    if len(torch.unique(labels)) > 1:
-        check_federation(made)
+    else:
+        n_classes = max(2, _highest_label(client) + 1)
+        made = Federation(client.id, (client,), "classification", n_classes, shape)
+    check_federation(made, whole=False)
     return made
+
+
+def check_model(module: nn.Module, client: Client) -> None:
+    """See whether the model goes with the client's data, by one example.
+
+    Raises:
+        ModelError: it does not take inputs of that shape.
+        DataError: a label that it has no output for.
+    """
+    x, was = client.train.x[:1], module.training
+    try:
+        with torch.no_grad():
+            outputs = module.eval()(x).shape[-1]
+    except (RuntimeError, IndexError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"the model does not take this client's inputs of shape {tuple(x.shape[1:])}: {reason}"
+        ) from error
+    finally:
+        module.train(was)
+    if not client.train.y.dtype.is_floating_point and _highest_label(client) >= outputs:
+        raise DataError(
+            f"label {_highest_label(client)}, but the model has outputs for labels 0 to "
+            f"{outputs - 1}; give the model more outputs everywhere, or correct the label"
+        )
+
+
+def _highest_label(client: Client) -> int:
+    return max((int(split.y.max()) for _, split in client.splits() if len(split)), default=0)
 
 
 def _plain(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
