@@ -241,7 +241,7 @@ def test_every_other_setting_is_an_option_of_compare(
             return []
 
     monkeypatch.setattr("fedmerge.compare.runner.Crew", NoCrew)
-    monkeypatch.setattr("fedmerge.comparison.check_cells", lambda cells, quiet: None)
+    monkeypatch.setattr("fedmerge.comparison.check_cells", lambda cells, quiet, out: None)
     own = {key: value for key, value in OTHER.items() if key not in NAMED}
     names = ("--data", f"gaussian,{tmp_path / 'own.csv'}", "--settings", "domain,natural")
     names += ("--methods", "fedavg", "--seeds", "3,5")

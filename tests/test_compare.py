@@ -23,7 +23,14 @@ from typer.testing import CliRunner, Result
 
 from fedmerge.cli import app
 from fedmerge.compare.cells import Cell, cell_name, make_cells, parse_names, parse_seeds
-from fedmerge.compare.folder import FORMAT, check_beside, locked, write_config
+from fedmerge.compare.folder import (
+    FORMAT,
+    check_beside,
+    check_examples,
+    locked,
+    write_config,
+    write_result,
+)
 from fedmerge.compare.runner import Crew, Outcome
 from fedmerge.comparison import run_cell
 from fedmerge.config import load_config
@@ -345,7 +352,9 @@ def test_results_are_complete_and_in_the_order_asked_for(tmp_path: Path) -> None
     (tmp_path / "results.jsonl").unlink()
     todo: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmerge.comparison.check_cells", lambda cells, quiet: todo.extend(cells))
+        patch.setattr(
+            "fedmerge.comparison.check_cells", lambda cells, quiet, out: todo.extend(cells)
+        )
         patch.setattr("fedmerge.compare.screen.write_report", missing)
         again = call("compare", *names, "--seeds", "1,0", *TINY, "--out", tmp_path)
     assert again.exit_code == 0
@@ -685,3 +694,51 @@ def test_what_a_method_of_ones_own_raises_is_told_in_a_line(
     result = call("compare", *names, "--data", "gaussian", *TINY, "--out", tmp_path / "out")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "own_method.Boom in gaussian/concept: KeyError: 'lost'" in result.stderr
+
+
+# -- data that have changed ------------------------------------------------------------------------
+
+
+def write_table(path: Path, *, clients: int = 3, shift: float = 0.0, label: int = 0) -> None:
+    lines = ["client,a,b,label"]
+    for i in range(20 * clients):
+        a, b = (i * 37 % 101) / 50 - 1, (i * 61 % 97) / 48 - 1
+        lines.append(f"s{i % clients},{a + shift},{b},{int(a + b > 0) ^ (label and i == 7)}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("change", [{"shift": 0.01}, {"clients": 4}, {"label": 1}])
+def test_methods_are_not_compared_on_data_that_have_changed(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    table, out = tmp_path / "d.csv", tmp_path / "out"
+
+    def compare(methods: str) -> Result:
+        data = ("--data", f"table:{table}:y=label", "--settings", "natural", "--seeds", "0")
+        plain = ("--rounds", 1, "--lr", 0.1, "--hidden", 4, "--workers", 1, "--quiet")
+        return call("compare", *data, "--methods", methods, *plain, "--out", out)
+
+    write_table(table)
+    assert compare("fedavg").exit_code == 0
+    write_table(table, **change)
+    refused = compare("fedavg,local")
+    assert refused.exit_code == 2
+    assert "was run with other examples than table:" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert [row["method"] for row in read_rows(out) if row["at"] == "last"].count("local") == 0
+    write_table(table)
+    assert compare("fedavg,local").exit_code == 0
+
+
+def test_examples_that_another_processor_has_rounded_are_the_same(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    now = {"digest": "d", "sums": [1e-4, 5.0], "sizes": [300.0, 7.0]}
+    write_config(run, {"data": "x", "setting": "s", "seed": 0})
+    write_result(run, {"examples": {**now, "sums": [1.3e-4, 5.00001]}})
+    check_examples(tmp_path, {("x", "s", 0): now, ("x", "s", 1): None})
+    write_result(run, {"examples": {**now, "sums": [1e-4, 5.001]}})
+    with pytest.raises(StateError, match="other examples than x has now"):
+        check_examples(tmp_path, {("x", "s", 0): now})
+    check_examples(tmp_path, {("x", "s", 1): now})
+    write_result(run, {})  # of a version that did not keep it
+    check_examples(tmp_path, {("x", "s", 0): now})

@@ -86,7 +86,7 @@ def run_comparison(
             size = min(workers or os.cpu_count() or 1, total - done)
             down = trackers.prepare(tracked if size else (), out)
             try:
-                check_cells(plan.unfinished(), quiet)
+                check_cells(plan.unfinished(), quiet, out)
                 folder.claim_comparison(out, protocol.facts())
                 crew = Crew(run_cell, size, partial(prepare_worker, down))
                 bar = screen.cells_bar(total, done, quiet, tuned=bool(protocol.trials))
@@ -158,12 +158,14 @@ def _fits(data: str, setting: str) -> bool:
 NAMES = Names(_every_setting, _every_method, _fits)
 
 
-def check_cells(cells: Sequence[parts.Cell], quiet: bool = False) -> None:
+def check_cells(cells: Sequence[parts.Cell], quiet: bool = False, out: Path | None = None) -> None:
     """Build each method in each setting once, so that what cannot run is said before all work.
 
-    So is what is odd about the clients of the first seed where anything is: workers do not say it.
+    So is what is odd about the clients of the first seed where anything is, which workers do not
+    say, and that finished runs in the folder `out` had other examples.
     """
     from .data import DataWarning
+    from .sim.population import Population
 
     first: dict[tuple[str, str], dict[str, RunConfig]] = {}
     seeds: dict[tuple[str, str], dict[int, RunConfig]] = {}
@@ -171,14 +173,16 @@ def check_cells(cells: Sequence[parts.Cell], quiet: bool = False) -> None:
         config = load_config(None, cell.config)
         first.setdefault((config.data, config.setting), {}).setdefault(config.method, config)
         seeds.setdefault((config.data, config.setting), {}).setdefault(config.seed, config)
+    examples: dict[tuple[str, str, int], Any] = {}
     for pair, methods in first.items():
-        for config in seeds[pair].values():
+        for seed, config in seeds[pair].items():
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always", DataWarning)
                 with screen.waiting(
                     f"{config.data}, {config.setting}: loading and dividing", quiet
                 ):
                     federation = config.federation()
+                    examples[*pair, seed] = Population.of(federation.clients).summary()
             for one in found:
                 warnings.warn(one.message, stacklevel=2)
             if any(issubclass(one.category, DataWarning) for one in found):
@@ -194,6 +198,8 @@ def check_cells(cells: Sequence[parts.Cell], quiet: bool = False) -> None:
                 raise ConfigError(
                     f"{config.method} in {config.data}/{config.setting}: {reason}"
                 ) from error
+    if out is not None:
+        folder.check_examples(out, examples)
 
 
 def prepare_worker(trackers_down: Collection[str] = ()) -> None:

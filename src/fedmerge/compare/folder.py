@@ -116,6 +116,42 @@ def check_beside(out: Path, configs: Iterable[Mapping[str, Any]]) -> None:
             )
 
 
+def check_examples(out: Path, found: Mapping[tuple[Any, ...], Mapping[str, Any] | None]) -> None:
+    """Refuse to go on in `out` with other examples than finished runs there had.
+
+    Args:
+        found: by data, setting and seed what tells the clients' examples from others.
+
+    Raises:
+        StateError: data have changed; the text names such a run.
+    """
+    asked = {key: now for key, now in found.items() if now is not None}
+    for path in sorted(out.glob(f"runs/*/{RESULT}")):
+        if not asked:
+            return
+        stored = read_json(path.parent / CONFIG) or {}
+        key = tuple(stored.get(name) for name in ("data", "setting", "seed"))
+        if key not in asked:
+            continue
+        then = (read_json(path) or {}).get("examples")
+        if then is None:
+            continue  # of a version that did not keep it
+        if not _alike(then, asked.pop(key)):
+            raise StateError(
+                f"{path.parent} was run with other examples than {stored['data']} has now; methods "
+                "are compared on the same data only, so choose another --out, or restore the data"
+            )
+
+
+def _alike(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two summaries of examples are the same, but for rounding."""
+    return then["digest"] == now["digest"] and all(
+        math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6 * size)
+        for name in ("sums", "sizes")
+        for one, other, size in zip(then[name], now[name], now["sizes"], strict=True)
+    )
+
+
 def _differing(stored: Mapping[str, Any], config: Mapping[str, Any], keys: Iterable[str]) -> str:
     """In what two runs differ, of `keys`: "" for nothing."""
     return "; ".join(

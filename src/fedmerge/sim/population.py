@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,25 @@ class Population:
         for part in parts:
             made.update(part.contiguous().view(torch.uint8).numpy().data)
         return made.hexdigest()
+
+    def summary(self) -> dict[str, Any] | None:
+        """What tells these clients from others, as plain JSON: a digest of who has how many and
+        which labels, and sums of inputs and targets, which processors may round otherwise. None
+        where examples stay in their files, all of which would have to be read for it."""
+        if self.stored is not None:
+            return None
+        pool = self.splits["train"]
+        made = hashlib.blake2b("\n".join(self.ids).encode(), digest_size=8)
+        for split in self.splits.values():
+            made.update(split.count.astype("<i8").tobytes())
+        values = [pool.x]
+        if pool.y.is_floating_point():
+            values.append(pool.y)
+        else:
+            made.update(pool.y.numpy().astype("<i8").tobytes())
+        sums = [float(part.sum(dtype=torch.float64)) for part in values]
+        sizes = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in values]
+        return {"digest": made.hexdigest(), "sums": sums, "sizes": sizes}
 
     def groups(self, places: Sequence[int], most: int) -> Iterator[list[int]]:
         """Divide clients into groups of at most `most` that are of similar size, the same whatever

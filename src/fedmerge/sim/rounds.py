@@ -376,7 +376,7 @@ class Simulation:
         """The run in plain JSON values: as of the last evaluated round, and of the best one."""
         weights = self.soup.weights(self._population.ids)
         layout = self.soup.setup.layout
-        return summarise_run(
+        made = summarise_run(
             self._progress,
             describe(self._federation),
             weights,
@@ -384,6 +384,7 @@ class Simulation:
             self.importance(),
             self.algorithm.cost(self.soup.setup, len(self.clients), self.training.epochs),
         )
+        return {**made, "examples": self._population.summary()}
 
     def importance(self) -> Tensor | None:
         """(m, d) float64: by how much each client's validation loss would rise now if one of the
