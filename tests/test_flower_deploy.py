@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import re
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("flwr")
 
 from cryptography import x509
+from flwr.app import Context, Message, RecordDict
 
 from fedmerge import ConfigError, MissingExtraError, StateError, Training
 from fedmerge.deploy.check import check_app
@@ -27,7 +30,7 @@ from fedmerge.deploy.create import create_app
 from fedmerge.deploy.credentials import make_credentials
 from fedmerge.deploy.local import free_port
 from fedmerge.deploy.status import read_status, status_lines, tell_server
-from fedmerge.flower import ServerConfig, client_app
+from fedmerge.flower import ServerConfig, client_app, server_app, wire
 from fedmerge.flower.folder import locked, read_operator
 from fedmerge.flower.require import require_flower
 from fedmerge.flower.server import Server
@@ -301,7 +304,10 @@ def test_status_shows_rounds_clients_and_rows(state: Path) -> None:
 
 def test_the_operators_words_reach_the_server(state: Path) -> None:
     tell_server(state, ["c0=Cleveland"], [])
-    tell_server(state, ["c1=Hungary"], ["c0"])
+    assert tell_server(state, ["c1=Hungary"], ["c0"]) == [
+        "c1 is called Hungary, from the server's next round on",
+        "c0 was not set aside",
+    ]
     labels, readmitted = read_operator(state)
     assert labels == {"c0": "Cleveland", "c1": "Hungary"}
     assert set(readmitted) == {"c0"}
@@ -309,7 +315,7 @@ def test_the_operators_words_reach_the_server(state: Path) -> None:
     Server(grid_of_two(), ServerConfig(state=str(state), **options), network).run()
     assert [c["label"] for c in read_status(state)["clients"]] == ["Cleveland", "Hungary"]
     assert {p.stem for p in (state / "models").iterdir()} >= {"Cleveland", "Hungary"}
-    with pytest.raises(ConfigError, match='no client "c7"'):
+    with pytest.raises(ConfigError, match=r'no client "c7"; the server knows c0 \(Cleveland\), c1'):
         tell_server(state, [], ["c7"])
     with pytest.raises(ConfigError, match="wanted ID=NAME"):
         tell_server(state, ["c0"], [])
@@ -355,5 +361,57 @@ def test_a_damaged_status_is_one_line(state: Path) -> None:
     (state / "status.json").write_text("[1]")
     with pytest.raises(StateError, match="holds no JSON object"):
         read_status(state)
+    (state / "status.json").write_text('{"round": 1}')
+    with pytest.raises(
+        StateError, match=r"is damaged .no clients, method, refused, rounds, written"
+    ):
+        read_status(state)
     (state / "operator.json").write_text(json.dumps({"labels": {"c0": "A"}}))
     assert read_operator(state)[0] == {"c0": "A"}
+    (state / "operator.json").write_text('{"labels": []}')
+    with pytest.raises(StateError, match=r"operator\.json is damaged"):
+        read_operator(state)
+
+
+def test_status_says_that_a_server_was_killed(state: Path) -> None:
+    status = json.loads((state / "status.json").read_text())
+    (state / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    gone = "no server is running now: it was stopped or killed; `flwr run` goes on from there"
+    with locked(state):
+        assert gone not in list(status_lines(read_status(state)))
+    assert list(status_lines(read_status(state)))[1] == gone
+
+
+def test_status_says_why_a_run_has_failed(tmp_path: Path) -> None:
+    app = server_app(ServerConfig(), network)
+    config = {"fedmerge.state": str(tmp_path), "fedmerge.clients": 2, "fedmerge.wait": 0.2}
+    empty = LocalGrid({})
+    with pytest.raises(ConfigError, match="0 of 2 clients within"):
+        app(empty, Context(1, 0, {}, RecordDict(), config))
+    lines = list(status_lines(read_status(tmp_path)))
+    assert lines[0].startswith("fedmerge: round 0 of ")
+    assert ", failed (" in lines[0]
+    assert lines[1].startswith("why it failed: 0 of 2 clients within 0.2 s: start the SuperNodes")
+
+
+def test_status_says_who_was_set_aside_and_why(tmp_path: Path) -> None:
+    grid = grid_of_two()
+
+    def nonsense(message: Any, reply: Any) -> Any:
+        if message.metadata.message_type != "train":
+            return reply
+        found = wire.read_reply(reply.content)
+        delta = torch.full_like(found.coded["delta"], torch.nan)
+        made = Message(
+            wire.write_reply(dataclasses.replace(found, coded={"delta": delta})), reply_to=message
+        )
+        made.metadata.__dict__["_src_node_id"] = reply.metadata.src_node_id
+        return made
+
+    grid.nodes[min(grid.nodes)].change = nonsense
+    options: dict[str, Any] = {"rounds": 5, "clients": 2, "least": 1, "poll": 0.001}
+    Server(grid, ServerConfig(state=str(tmp_path), deadline=20.0, **options), network).run()
+    lines = list(status_lines(read_status(tmp_path)))
+    assert "c0: update of round 5 refused: non-finite" in lines
+    assert "c0: set aside; --readmit c0 lets it back" in lines
+    assert tell_server(tmp_path, [], ["c0"]) == ["c0 is let back, from the server's next round on"]

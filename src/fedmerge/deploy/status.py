@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, StateError
-from ..flower.folder import STATUS, read_json, write_operator
+from ..flower.folder import STATUS, is_held, read_json, write_operator
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -26,7 +26,13 @@ def read_status(folder: Path) -> dict[str, Any]:
             f"{folder} has no {STATUS}: wanted the state folder of a server (fedmerge.state), "
             "which writes it when its run begins"
         )
-    return found
+    missing = {"written", "round", "rounds", "method", "refused", "clients"} - found.keys()
+    if missing:
+        raise StateError(
+            f"{folder / STATUS} is damaged (no {', '.join(sorted(missing))}); remove it: the "
+            "server writes it anew"
+        )
+    return {**found, "served": is_held(folder)}
 
 
 def status_lines(status: Mapping[str, Any], now: float | None = None) -> Iterator[str]:
@@ -37,6 +43,10 @@ def status_lines(status: Mapping[str, Any], now: float | None = None) -> Iterato
     if running and running["cohort"]:
         line += f": {running['taken']} of {running['cohort']} updates of round {running['round']}"
     yield f"{status['method']}: {line} ({age:.0f} s ago)"
+    if status.get("error"):
+        yield f"why it failed: {status['error']}"
+    elif status.get("state") != "finished" and status.get("served") is False:
+        yield "no server is running now: it was stopped or killed; `flwr run` goes on from there"
     if status.get("epsilon") is not None:
         yield f"differential privacy: epsilon {status['epsilon']:.3g}"
     if status["refused"]:
@@ -54,8 +64,11 @@ def status_lines(status: Mapping[str, Any], now: float | None = None) -> Iterato
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(cells).rstrip()
     for client in status["clients"]:
+        name = client["label"] or client["id"]
         if client["error"]:
-            yield f"{client['label'] or client['id']}: {client['error']}"
+            yield f"{name}: {client['error']}"
+        if client["set_aside"]:
+            yield f"{name}: set aside; --readmit {client['id']} lets it back"
 
 
 def _row(client: Mapping[str, Any]) -> tuple[str, ...]:
@@ -82,13 +95,16 @@ def tell_server(folder: Path, labels: Sequence[str], readmit: Sequence[str]) -> 
     Raises:
         ConfigError: a client that the server does not know, or no ID=NAME.
     """
-    known = {c["id"]: c["label"] for c in read_status(folder)["clients"]}
+    clients = read_status(folder)["clients"]
+    known = {c["id"]: c["label"] for c in clients}
+    aside = {c["id"] for c in clients if c["set_aside"]}
     by_label = {label: client for client, label in known.items() if label}
 
     def client_of(text: str) -> str:
         found = text if text in known else by_label.get(text)
         if found is None:
-            raise ConfigError(f'there is no client "{text}"; the server knows {", ".join(known)}')
+            names = ", ".join(f"{c} ({label})" if label else c for c, label in known.items())
+            raise ConfigError(f'there is no client "{text}"; the server knows {names}')
         return found
 
     named: dict[str, str] = {}
@@ -100,5 +116,7 @@ def tell_server(folder: Path, labels: Sequence[str], readmit: Sequence[str]) -> 
     back = [client_of(text) for text in readmit]
     write_operator(folder, named, back)
     said = [f"{client} is called {name}" for client, name in named.items()]
-    said += [f"{client} is let back" for client in back]
-    return [f"{line}, from the server's next round on" for line in said]
+    said += [f"{client} is let back" for client in back if client in aside]
+    said = [f"{line}, from the server's next round on" for line in said]
+    # The status may be older than what has just happened to it, so the word is kept all the same.
+    return said + [f"{client} was not set aside" for client in back if client not in aside]

@@ -131,9 +131,12 @@ class Side:
         """Train and evaluate as ordered; `kept` is what Flower keeps for this client."""
         order, side = self.order, self.side
         name = order.ticket.client
-        before = read_memory(kept, node_config, name, order.federation).at(order.round)
+        fresh = side.algorithm.memory(side.setup, 1)
+        before: Tensors = {}
+        if fresh or order.codec.kind != "none":  # what is damaged must not stop who needs nothing
+            before = read_memory(kept, node_config, name, order.federation).at(order.round)
         now = dict(before)
-        memory = _part(before, "memory") or side.algorithm.memory(side.setup, 1)
+        memory = _part(before, "memory") or fresh
         message = spread(order.message, self.parts, side.setup.layout.size)
         task = Task([0], order.round, message[None], memory)
         figures: wire.Figures = {}

@@ -68,6 +68,23 @@ def locked(
         os.close(handle)
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a server on this machine is using the folder; None where that cannot be seen."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(handle)
+    return False
+
+
 def _taken(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,8 +123,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_operator(folder: Path) -> tuple[dict[str, str], dict[str, float]]:
     """Labels of clients, and when clients were let back (seconds since 1970)."""
     found = read_json(folder / OPERATOR)
-    labels = {str(c): str(n) for c, n in found.get("labels", {}).items()}
-    return labels, {str(c): float(at) for c, at in found.get("readmitted", {}).items()}
+    try:
+        labels = {str(c): str(n) for c, n in found.get("labels", {}).items()}
+        return labels, {str(c): float(at) for c, at in found.get("readmitted", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        path = folder / OPERATOR
+        raise StateError(f"{path} is damaged ({error}); remove it, or correct it") from error
 
 
 def write_operator(

@@ -80,10 +80,10 @@ class Intake:
         if reason is not None:
             now.failed.add(client)
             now.refused[reason] += 1
-            say(
-                f'round {now.number}: update of "{self._roster.name(client)}" refused: {reason}',
-                WARNING,
-            )
+            line = f"update of round {now.number} refused: {reason}"
+            self._progress.members[client].error = line
+            say(f'"{self._roster.name(client)}": {line}', WARNING)
+            self._tell_aside(client)
             return
         now.folded.add(client)
         # Figures of those only whose update was taken: others could blank a mean by one number.
@@ -170,4 +170,14 @@ class Intake:
         self._soup.refuse(client, reason)
         if count:
             now.refused[reason] += 1
+        self._progress.members[client].error = f"in round {now.number} it sent {why}"
         say(f'round {now.number}: "{self._roster.name(client)}" sent {why}', WARNING)
+        self._tell_aside(client)
+
+    def _tell_aside(self, client: str) -> None:
+        if client in self._soup.safety.guard.aside:
+            say(
+                f'"{self._roster.name(client)}" is set aside after so many refused updates, until '
+                "the operator lets it back (fedmerge status --readmit)",
+                WARNING,
+            )

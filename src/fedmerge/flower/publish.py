@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from ..compare import folder as files
 from ..errors import StateError
 from ..store import write_atomic
 from . import progress as kept
-from .folder import STATUS, write_json
+from .config import ServerConfig
+from .folder import STATUS, read_json, write_json
 
 if TYPE_CHECKING:
     from .intake import Gathered
@@ -57,6 +59,21 @@ def publish_status(server: Server, now: Gathered) -> None:
         )
     except StateError:
         return
+
+
+def publish_failure(settings: ServerConfig, reason: str) -> None:
+    """Say why the run has ended, beside what was last said of it."""
+    path = settings.folder / STATUS
+    nothing: dict[str, Any] = {
+        "round": 0,
+        "epsilon": None,
+        "refused": {},
+        "nodes_refused": [],
+        "clients": [],
+    }
+    with suppress(StateError):
+        now = {"rounds": settings.rounds, "method": settings.method, "written": time.time()}
+        write_json(path, {**nothing, **read_json(path), **now, "state": "failed", "error": reason})
 
 
 def _write_status(server: Server, facts: dict[str, Any]) -> None:

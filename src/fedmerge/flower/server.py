@@ -9,7 +9,8 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from logging import ERROR, WARNING
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from .config import ServerConfig
 from .folder import locked
 from .intake import Gathered, Intake
 from .post import Post
-from .publish import export_models, publish, publish_status
+from .publish import export_models, publish, publish_failure, publish_status
 from .require import require_flower
 from .roster import Roster, say
 
@@ -67,13 +68,24 @@ def server_app(config: ServerConfig | None, model: ModelSource, *, n_inputs: int
     def main(grid: Any, context: Any) -> None:
         try:
             settings = (config or ServerConfig()).with_options(context.run_config)
-            with locked(settings.folder, PATIENCE, say):
+            with locked(settings.folder, PATIENCE, say), _failure_published(settings):
                 Server(grid, settings, model, n_inputs).run()
         except FedmergeError as error:
             say(str(error), ERROR)
             raise
 
     return app
+
+
+@contextmanager
+def _failure_published(settings: ServerConfig) -> Iterator[None]:
+    """Show in the status why a run has failed: Flower alone tells it in its log."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, FedmergeError) else f"{type(error).__name__}: "
+        publish_failure(settings, " ".join(f"{kind}{error}".split()))
+        raise
 
 
 class Server:
