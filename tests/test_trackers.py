@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,83 @@ def test_no_run_of_a_comparison_is_lost(tmp_path: Path, store: str) -> None:
     assert {run.info.status for run in found} == {"FINISHED"}
 
 
+PREPARE = (
+    "from pathlib import Path; from fedmerge.compare import trackers; "
+    "trackers.prepare(['mlflow'], Path())"
+)
+
+
+class Maker:
+    """In place of MLflow's: makes a file, slowly, and counts; or fails in the middle."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.made = error, 0
+
+    def create_sqlalchemy_engine(self, where: str) -> Maker:
+        self.path = Path(where.removeprefix("sqlite:///"))
+        return self
+
+    def _initialize_tables(self, engine: object) -> None:
+        self.path.write_bytes(b"half")
+        time.sleep(0.2)
+        if self.error:
+            raise OSError(self.error)
+        self.made += 1
+
+    def dispose(self) -> None: ...
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_kill_while_the_tables_are_made_spoils_nothing(tmp_path: Path, store: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    places = [tmp_path / "mlflow.db", tmp_path / "mlflow.db.new"]
+    with subprocess.Popen(
+        [sys.executable, "-c", PREPARE], cwd=tmp_path, env=environment
+    ) as process:
+        while not any(path.exists() and path.stat().st_size for path in places):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert "mlflow.db.new" in files(tmp_path)
+    assert "mlflow.db" not in files(tmp_path)
+    assert trackers.prepare(["mlflow"], tmp_path) == frozenset()
+    assert files(tmp_path) == ["mlflow.db"]
+    assert runs_of(f"sqlite:///{tmp_path}/mlflow.db")[1] == []
+
+
+def test_a_database_is_made_once(tmp_path: Path) -> None:
+    maker, path = Maker(), tmp_path / "made" / "mlflow.db"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: trackers._make_database(path, maker), range(4)))
+    assert maker.made == 1
+    assert files(path.parent) == ["mlflow.db"]
+
+
+def test_a_database_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    path, maker = tmp_path / "mlflow.db", Maker()
+    path.write_bytes(b"of an older MLflow")
+    trackers._make_database(path, maker)
+    assert path.read_bytes() == b"of an older MLflow"
+    assert maker.made == 0
+
+
+def test_a_database_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no space left"):
+        trackers._make_database(tmp_path / "mlflow.db", Maker("no space left"))
+    assert files(tmp_path) == []
+
+
+def test_a_journal_without_its_database_is_not_played_back(tmp_path: Path, store: str) -> None:
+    """That of a database which was removed, or stopped before its first table."""
+    (tmp_path / "store.db").touch()
+    (tmp_path / "store.db-journal").write_bytes(b"of another")
+    assert trackers.prepare([f"mlflow:{store}"], tmp_path) == frozenset()
+    assert files(tmp_path) == ["store.db"]
+
+
 # -- trackers that cannot be used ------------------------------------------------------------------
 
 
@@ -294,6 +372,18 @@ def test_a_tracker_that_breaks_in_the_middle_is_left_out(
     run(tmp_path, ["tensorboard"])
     assert steps == [1, 2]
     assert "(OSError: no space left)" in capsys.readouterr().err
+
+
+def test_a_long_error_is_cut_at_a_word_and_a_short_one_is_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, text in (("short", "no space\nleft"), ("long", "unreadable " * 100)):
+        with trackers._guarded(name):
+            raise OSError(text)
+    short, long = capsys.readouterr().err.splitlines()
+    assert "(OSError: no space left);" in short
+    assert "unreadable …);" in long
+    assert len(long) < 400
 
 
 def test_names_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

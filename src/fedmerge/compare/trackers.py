@@ -10,10 +10,11 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +34,9 @@ PATIENCE = {
 }
 """Unless the user's environment has others: by default a server that is down costs minutes, and
 MLflow tells on stderr what it does."""
+SQLITE = "sqlite:///"
+REASON = 250
+"""Characters of a tracker's error that are shown: MLflow's advice is within them."""
 
 _down: set[str] = set()
 # Of this process: in a comparison, each cell would wait for the same tracker again.
@@ -127,7 +131,7 @@ class MLflow:
 def _experiment(where: str) -> tuple[Any, str]:
     """Return a client of the server or database `where`, and its experiment, made where it is not.
 
-    A new database gets its tables.
+    A new database gets its tables; one in a file gets all of them or is not there.
     """
     for variable, value in PATIENCE.items():
         os.environ.setdefault(variable, value)
@@ -137,9 +141,63 @@ def _experiment(where: str) -> tuple[Any, str]:
         from mlflow.store.db import utils
 
         utils.MAX_RETRY_COUNT = 2  # by default a database that cannot be opened costs 109 s
+        file, options = where.removeprefix(SQLITE), "?" in where
+        if where.startswith(SQLITE) and file not in ("", ":memory:") and not options:
+            _make_database(Path(file), utils)
     client = MlflowClient(tracking_uri=where)
     found = client.get_experiment_by_name(EXPERIMENT)
     return client, str(found.experiment_id if found else client.create_experiment(EXPERIMENT))
+
+
+def _make_database(path: Path, utils: Any) -> None:
+    """Make the SQLite database `path` with MLflow's tables, unless it is there.
+
+    It takes seconds. What a process that was killed meanwhile leaves has some of the tables, which
+    MLflow can neither use nor complete: so it has another name until all are there.
+    """
+    if _begun(path):
+        return
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    with _alone(path.parent):
+        if _begun(path):  # another process has made it meanwhile
+            return
+        try:
+            _remove(new)
+            engine = utils.create_sqlalchemy_engine(f"{SQLITE}{new}")
+            try:
+                utils._initialize_tables(engine)
+            finally:
+                engine.dispose()
+            _remove(path)  # a journal of an earlier database would be played back into this one
+            new.replace(path)
+        finally:
+            _remove(new)
+
+
+def _begun(path: Path) -> bool:
+    """Whether there is something of a database: SQLite takes an empty file for none."""
+    return path.exists() and (path.is_dir() or path.stat().st_size > 0)
+
+
+def _remove(path: Path) -> None:
+    """Remove a SQLite database and the files that belong to it."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for other processes that are here; the system lets go of it when this process ends."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):  # a system, or a file system, without locks
+            import fcntl
+
+            held = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, held)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 TRACKERS = ("tensorboard", "mlflow")
@@ -165,7 +223,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def prepare(names: Sequence[str], out: Path) -> frozenset[str]:
     """Make MLflow ready for the processes of a comparison in `out`; return the names that are down.
 
-    Two processes that make the tables of a new database at once spoil it for each other.
+    Two processes that make the tables of a new database on a server at once spoil it for each
+    other.
     """
     for name in names:
         kind, _, where = name.partition(":")
@@ -220,7 +279,7 @@ def _guarded(name: str) -> Iterator[None]:
             yield
     except Exception as error:  # whatever these packages raise: the run matters more
         _down.add(name)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", REASON, placeholder=" …")
         line = f"--track {name} cannot be written ({reason}); the run goes on without it"
         print(f"fedmerge: {line}", file=sys.stderr)
 
