@@ -418,6 +418,26 @@ def test_what_is_odd_about_the_data_of_any_seed_is_said(tmp_path: Path) -> None:
         check_cells(cells)
 
 
+def test_refused_updates_are_said_with_what_to_do(tmp_path: Path) -> None:
+    """After a run and after a comparison, which ranks methods that have learned nothing."""
+    rows = [f"{site},{1e30 * (i + 1)},{i % 2}" for site in "abcd" for i in range(20)]
+    data = tmp_path / "x.csv"
+    data.write_text("\n".join(["client,x,y", *rows]))
+    usual = ("--data", str(data), "--rounds", "2", "--lr", "0.1", "--workers", "1", "--quiet")
+    advice = 'standardise a table (--data "table:FILE:standardise=true")'
+    ran = call("run", "--setting", "natural", "--method", "fedavg", *usual)
+    assert "refused updates: 8 non-finite\n" in ran.stdout
+    assert advice in ran.stdout
+    asked = ("--settings", "natural", "--methods", "fedmerge,fedavg", "--seeds", "0-1")
+    compared = call("compare", *asked, *usual, "--out", str(tmp_path / "o"))
+    (line,) = (line for line in compared.stdout.splitlines() if line.startswith("Updates"))
+    assert line.startswith(
+        "Updates were refused: of fedmerge, 16 non-finite in 2 of 2 runs (natural); "
+        "of fedavg, 16 non-finite in 2 of 2 runs (natural). "
+    )
+    assert advice in line
+
+
 def test_report_makes_the_page_of_one_run(tmp_path: Path) -> None:
     call("run", *TINY, "--out", tmp_path)
     result = call("report", tmp_path)

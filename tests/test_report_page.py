@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -351,6 +352,24 @@ def test_methods_that_diverged_are_said() -> None:
     assert rows["fedavg"]["head"][:3] == ["2.0", "diverged", "diverged"]
     assert [row["behind"] for row in content["panels"][0]["rows"]] == ["–", "diverged"]
     assert content["panels"][0]["diverged"]
+
+
+def test_refused_updates_are_said_of_each_method_and_what_to_do() -> None:
+    runs = make({"domain": {"fedmerge": [0.5, 0.6], "fedavg": [0.4, 0.5], "local": [0.3, 0.3]}})
+    refused = [{"non-finite": 8}, {"non-finite": 4, "empty": 1}, {"empty": 2}, {}, {}, {}]
+    some = [replace(run, refused=one) for run, one in zip(runs, refused, strict=True)]
+    (said,) = notices(some, ())
+    assert said.startswith(
+        "Updates were refused: of fedmerge, 1 empty, 12 non-finite in 2 of 2 runs (domain); "
+        "of fedavg, 2 empty in 1 of 2 runs (domain). Non-finite ones mostly come of training "
+    )
+    assert "standardise=true" in said
+    assert said.endswith("or lower the learning rate.")
+    # What helps against others is not known.
+    assert notices(some[2:3], ()) == [
+        "Updates were refused: of fedavg, 2 empty in 1 of 1 run (domain)."
+    ]
+    assert notices(runs, ()) == []
 
 
 def test_a_regression_is_told_in_squared_error_and_its_clients_gain(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from ..errors import MissingExtraError
+from ..report.about import refusals, refused_advice, refused_text
 from ..report.overall import overviews, ranking, regrets
 from ..report.page import write_report
 from ..report.ranking import subject_of
@@ -166,8 +167,9 @@ def print_result(result: Mapping[str, Any]) -> None:
     if "execution" in result:  # not in a result of an older version
         _say(console, result["execution"])
     if result["refused"]:
-        refused = ", ".join(f"{n} {reason}" for reason, n in result["refused"].items())
-        _say(console, f"refused updates: {refused}")
+        _say(console, f"refused updates: {refused_text(result['refused'])}")
+        for line in refused_advice(result["refused"]):
+            _say(console, line)
 
 
 def _error_text(metric: str, scores: Mapping[str, Any]) -> str:
@@ -246,7 +248,7 @@ def print_comparison(cells: Sequence[Cell], out: Path, notes: Sequence[str] = ()
     if not found.not_won and len(methods) > 1 and subject:
         but = f" but {twin_of(subject)}" if twin_of(subject) in methods else ""
         lines.append(f"There is no setting in which another method{but} had the better mean.")
-    for line in (*lines, *notes):
+    for line in (*lines, *refusals(asked), *notes):
         _say(console, line)
 
 

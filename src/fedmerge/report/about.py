@@ -6,7 +6,8 @@ It reads configurations and gaps in the folder; it computes no statistics.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedmerge.report.overall import overviews
@@ -70,14 +71,40 @@ def notices(runs: Sequence[Run], open_runs: Sequence[str]) -> list[str]:
             f"Not every run stayed finite: {names}. A method that diverged on any seed of a "
             "setting has no mean there and ranks last."
         )
-    refusing = [run for run in runs if run.refused]
-    for run in refusing[:5]:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(run.refused.items()))
-        cell = f"{run.method} in {run.column}, seed {run.seed}"
-        said.append(f"Updates were refused in {cell}: {reasons}.")
-    if len(refusing) > 5:
-        said.append(f"Updates were refused in {len(refusing) - 5} more runs.")
-    return said
+    return said + refusals(runs)
+
+
+def refusals(runs: Sequence[Run]) -> list[str]:
+    """Which methods' updates were refused in how many runs, and what to do, in a line; or none."""
+    parts, reasons = [], set[str]()
+    for method in unique(run.method for run in runs if run.refused):
+        own = [run for run in runs if run.method == method]
+        hit = [run for run in own if run.refused]
+        total = sum((Counter(run.refused) for run in hit), Counter[str]())
+        reasons |= total.keys()
+        parts.append(
+            f"of {method}, {refused_text(total)} in {len(hit)} of {len(own)} "
+            f"run{'s' * (len(own) > 1)} ({_list(unique(run.column for run in hit))})"
+        )
+    if not parts:
+        return []
+    return [" ".join((f"Updates were refused: {'; '.join(parts)}.", *refused_advice(reasons)))]
+
+
+def refused_text(refused: Mapping[str, int]) -> str:
+    """Numbers of refused updates by reason, as "3 empty, 12 non-finite"."""
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(refused.items()))
+
+
+def refused_advice(reasons: Collection[str]) -> list[str]:
+    """What to do where updates were refused for these reasons, in a sentence; none is known of
+    some."""
+    if "non-finite" not in reasons:
+        return []
+    return [
+        "Non-finite ones mostly come of training that overflows, and nothing is learned from them: "
+        'standardise a table (--data "table:FILE:standardise=true"), or lower the learning rate.'
+    ]
 
 
 def configuration(runs: Sequence[Run]) -> list[tuple[str, str]]:
