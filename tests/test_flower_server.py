@@ -683,6 +683,14 @@ def test_clients_that_stay_away_are_not_waited_for_longer_than_was_asked(tmp_pat
         serve(tmp_path, grid, method="fedavg", clients=2, wait=0.3)
 
 
+def test_privacy_that_was_forgotten_is_named(tmp_path: Path) -> None:
+    grid = grid_of(make_clients(2))
+    options: dict[str, Any] = {"method": "fedmerge:d=2", "clients": 2}
+    serve(tmp_path, grid, rounds=1, clip=1.0, noise=0.3, **options)
+    with pytest.raises(StateError, match=r"is of rounds with clip = 1, and this run has none: set"):
+        serve(tmp_path, grid, rounds=2, **options)
+
+
 def test_rounds_with_other_noise_are_not_counted_as_if_they_had_this_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "fedavg", "clients": 2, "clip": 1.0}
     grid = grid_of(make_clients(2))

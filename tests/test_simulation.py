@@ -522,6 +522,13 @@ def test_a_checkpoint_of_another_run_is_refused(
         simulate(**{"method": "fedmerge", **options}, checkpoint=tmp_path)
     assert "\n" not in str(caught.value)
     assert "use another folder" in str(caught.value)
+    assert len(str(caught.value)) < 250 + len(str(tmp_path))
+
+
+def test_of_a_method_only_the_options_that_differ_are_named(tmp_path: Path) -> None:
+    run("fedmerge", rounds=2, checkpoint=tmp_path)
+    with pytest.raises(StateError, match=r"its method is cap=0\.1, wanted cap=0\.2; use another"):
+        simulate(method="fedmerge:cap=0.2", checkpoint=tmp_path)
 
 
 def test_a_checkpoint_cut_in_half_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from .params import Blocks, Layout, ModelSource, build
 from .roster import Roster
 from .safety import Reason, Safety
 from .storage import Kept, Storage
-from .store import has_state, load_state, save_state
+from .store import has_state, load_state, of_another_run, save_state
 from .tickets import Refusal, Tickets
 
 
@@ -353,10 +353,7 @@ class Soup:
         """
         for name, own in self._identity().items():
             if facts.get(name) != own:
-                raise StateError(
-                    f"{where} is of another run: its {name} is {facts.get(name)}, wanted {own}; "
-                    "use another folder, or the settings it was made with"
-                )
+                raise of_another_run(where, name, facts.get(name), own)
         tables = {n: t.clone() for n, t in _part(tensors, "rows.").items()}
         shared = self.storage.moved(_part(tensors, "shared."))
         if facts["clients"]:

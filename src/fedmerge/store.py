@@ -94,6 +94,28 @@ def _is_signed(text: bytes) -> bool:
     return bool(found) and _signed(own + b"}") == text
 
 
+DIGESTS = {
+    "model": "another (other layers or sizes)",
+    "clients": "others (other names, or numbers of examples)",
+    "data": "other than now: examples have changed since",
+}
+"""What to say of facts whose values are long, or say nothing to people."""
+
+
+def of_another_run(where: str, name: str, then: Any, now: Any) -> StateError:
+    """The error for a state whose fact `name` is not what it should be; of options only those that
+    differ are named."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        keys = ["name"] if "name" in keys else keys  # another method has other options
+        then, now = (", ".join(f"{key}={one.get(key)}" for key in keys) for one in (then, now))
+    differs = DIGESTS.get(name, f"{then}, wanted {now}")
+    return StateError(
+        f"{where} is of another run: its {name} is {differs}; use another folder, or the settings "
+        "it was made with"
+    )
+
+
 def has_state(folder: Path) -> bool:
     """Say whether `folder` holds a state."""
     return (folder / INDEX).is_file()

@@ -180,6 +180,11 @@ def _check_privacy(then: Mapping[str, Any], soup: Soup, folder: Path) -> None:
     """Raise StateError if epsilon, which counts all rounds alike, would be wrong for those done."""
     now = soup.safety.privacy
     had = (then["noise"], then["row_noise"]) if then["clip"] else None
+    if now is None and had is not None:
+        raise StateError(
+            f"{folder} is of rounds with clip = {then['clip']:g}, and this run has none: set "
+            "fedmerge.clip and what goes with it again, or fedmerge.state to another folder"
+        )
     if now is not None and had != (now.noise, now.row_noise):
         what = "no privacy" if had is None else f"noise = {had[0]:g} and row_noise = {had[1]:g}"
         raise StateError(

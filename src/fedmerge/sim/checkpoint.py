@@ -16,7 +16,7 @@ import torch
 from ..algorithms import Tensors
 from ..errors import StateError
 from ..soup import Soup
-from ..store import load_state, save_state
+from ..store import load_state, of_another_run, save_state
 from .evaluation import Evaluation, better
 from .log import RoundLog
 from .mixing import WeightHistory
@@ -84,14 +84,11 @@ def load(
             would have kept is not in it.
     """
     tensors, facts = load_state(folder)
-    soup.restore(tensors, facts, str(folder))
-    stored = facts.get("run", {})
+    stored = facts.get("run", {})  # first: another number of clients may change the method, too
     for name, own in identity.items():
         if stored.get(name) != own:
-            raise StateError(
-                f"{folder} is of another run: its {name} is {stored.get(name)}, wanted {own}; "
-                "use another folder, or the settings it was made with"
-            )
+            raise of_another_run(str(folder), name, stored.get(name), own)
+    soup.restore(tensors, facts, str(folder))
     done = len(facts["history"])
     if done > rounds:
         raise StateError(
