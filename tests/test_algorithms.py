@@ -496,6 +496,17 @@ AVERAGED = ["FedAvg", "FedAvgFT", "WarmIFCA", "CFL", "PPFL"]
             "@dataclass(frozen=True)\nclass Mine(Algorithm): pass",
             'its class has no name: wanted name = "..." in Mine',
         ),
+        (
+            "from dataclasses import dataclass\nfrom fedmerge import FedAvg\n"
+            "@dataclass(frozen=True)\nclass Mine(FedAvg):\n    beta: float\n    name = 'mine'",
+            r'beta has no default; write "own_methods.Mine:beta=\.\.\.", or give it one',
+        ),
+        (
+            "from dataclasses import dataclass\nfrom fedmerge import FedAvg\n"
+            "@dataclass(frozen=True)\nclass Mine(FedAvg):\n    name = 'mine'\n"
+            "    def __post_init__(self): raise KeyError('lost')",
+            "own_methods.Mine: KeyError: 'lost'$",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_method_of_ones_own_is_told_in_a_line(

@@ -438,6 +438,61 @@ def test_refused_updates_are_said_with_what_to_do(tmp_path: Path) -> None:
     assert advice in line
 
 
+OWN = """
+from dataclasses import dataclass
+import torch
+from fedmerge import FedAvg
+
+@dataclass(frozen=True)
+class Mine(FedAvg):
+    name = "mine"
+"""
+
+
+def write_own(folder: Path, body: str, patch: pytest.MonkeyPatch) -> None:
+    """Make `body` a function of the method own_run.Mine."""
+    (folder / "own_run.py").write_text(f"{OWN}    {body}\n")
+    patch.syspath_prepend(str(folder))
+    patch.delitem(sys.modules, "own_run", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("def send(self, *_): return None", "AttributeError: 'NoneType' object has no attribute"),
+        ("def send(self, *_): return torch.zeros(4, 1, 3)", "a row has 3 numbers of torch.float32"),
+        ("def local(self, setup, message, *_): return message", "AttributeError: 'Tensor' object"),
+        ("def commit(self, setup, shared, *_): return shared", "ValueError: not enough values"),
+        ("def commit(self, *a): return super().commit(*a) if a[-1] < 1 else 1 / 0", "ZeroDivision"),
+    ],
+)
+def test_what_a_method_of_ones_own_raises_in_a_run_is_told_in_a_line(
+    body: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_own(tmp_path, body, monkeypatch)
+    result = call("run", *TINY, "--data", "gaussian", "--method", "own_run.Mine", "--quiet")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"fedmerge: own_run.Mine: {told}")
+
+
+def test_the_traceback_of_a_method_of_ones_own_is_there_for_those_who_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_own(tmp_path, "def send(self, *_): return 1 / 0", monkeypatch)
+    monkeypatch.setenv("FEDMERGE_DEBUG", "1")
+    result = call("run", *TINY, "--data", "gaussian", "--method", "own_run.Mine", "--quiet")
+    assert 'own_run.py", line 9, in send' in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("fedmerge: own_run.Mine: ZeroDivisionError")
+
+
+def test_what_a_method_of_fedmerge_raises_stays_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedmerge.algorithms.FedAvg.send", lambda *_: 1 / 0)
+    result = call("run", *TINY, "--data", "gaussian", "--method", "fedavg", "--quiet")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
 def test_report_makes_the_page_of_one_run(tmp_path: Path) -> None:
     call("run", *TINY, "--out", tmp_path)
     result = call("report", tmp_path)

@@ -742,3 +742,25 @@ def test_examples_that_another_processor_has_rounded_are_the_same(tmp_path: Path
     check_examples(tmp_path, {("x", "s", 1): now})
     write_result(run, {})  # of a version that did not keep it
     check_examples(tmp_path, {("x", "s", 0): now})
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ("{'lr': 0.1}", "its grid is {'lr': 0.1}, wanted points in a row; write e.g. grid = ("),
+        ("({'lr': 'high'},)", "own_grid.Odd in gaussian/concept: TypeError: "),
+    ],
+)
+def test_a_grid_of_ones_own_that_cannot_be_tried_is_told_in_a_line(
+    grid: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_grid.py").write_text(
+        "from dataclasses import dataclass\nfrom fedmerge import FedAvg\n"
+        f"@dataclass(frozen=True)\nclass Odd(FedAvg):\n    name = 'odd'\n    grid = {grid}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_grid", raising=False)
+    names = ("--settings", "concept", "--methods", "own_grid.Odd", "--seeds", "0", "--trials", "2")
+    result = call("compare", *names, "--data", "gaussian", *TINY, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert told in result.stderr

@@ -16,7 +16,7 @@ import typer
 
 from .config import RunConfig, load_config
 from .deploy.command import deploy, status
-from .errors import ConfigError
+from .errors import ConfigError, blaming
 from .lines import OneLine, StoppedError
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ def run(
                 done = log.round
                 show(log)
 
-            result = settings.run(out, on_round, checkpoint_seconds, spent, True)
+            with blaming(settings.method):
+                result = settings.run(out, on_round, checkpoint_seconds, spent, True)
     except KeyboardInterrupt as error:
         kept = "nothing was kept, as no --out was given"
         if out is not None:

@@ -19,7 +19,7 @@ from .compare import cells as parts
 from .compare import folder, screen, trackers
 from .compare.presets import Names, Protocol
 from .config import RunConfig, import_core, load_config
-from .errors import ConfigError, FedmergeError
+from .errors import blaming
 from .lines import StoppedError, complain, debugging
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def run_comparison(
 
         def points(data: str, setting: str, method: str) -> Any:
             usual = configure(data, setting, method, protocol.seeds[0])
-            return grid_points(method, protocol.trials, n_clients(data, setting), usual)
+            clients = n_clients(data, setting)
+            with blaming(method, f" in {data}/{setting}"):
+                return grid_points(method, protocol.trials, clients, usual)
 
         cells = parts.make_cells(configure, protocol.pairs, protocol.methods, protocol.seeds)
         groups = make_groups(cells, points, protocol.tuning_seeds)
@@ -188,16 +190,8 @@ def check_cells(cells: Sequence[parts.Cell], quiet: bool = False, out: Path | No
             if any(issubclass(one.category, DataWarning) for one in found):
                 break
         for config in methods.values():
-            try:
+            with blaming(config.method, f" in {config.data}/{config.setting}"):
                 config.simulation(federation)
-            except Exception as error:
-                if isinstance(error, FedmergeError) or "." not in config.method.partition(":")[0]:
-                    raise
-                # A method of the caller's own may raise anything.
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise ConfigError(
-                    f"{config.method} in {config.data}/{config.setting}: {reason}"
-                ) from error
     if out is not None:
         folder.check_examples(out, examples)
 

@@ -1,4 +1,4 @@
-"""The exceptions that fedmerge raises, and the wording helper they share.
+"""The exceptions that fedmerge raises, and the wording helpers they share.
 
 They carry one line for the person at the keyboard; they are not used for control flow.
 
@@ -13,7 +13,8 @@ They carry one line for the person at the keyboard; they are not used for contro
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FedmergeError(Exception):
@@ -53,3 +54,22 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     names = sorted(choices)
     near = difflib.get_close_matches(word, names, n=1)
     return f'; did you mean "{near[0]}"?' if near else f"; choose from {', '.join(names)}"
+
+
+@contextmanager
+def blaming(method: str, where: str = "") -> Iterator[None]:
+    """Tell in a line what a method of the caller's own raises in the block: it may be anything.
+
+    What a method of fedmerge raises stays as it is. method: as in `make_method`; one of the
+    caller's own has a dot in its name. where: follows it in the line.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = "." in method.partition(":")[0]
+        # Rows of a wrong shape are the method's; other lines name their cause, as a full disk does.
+        told = isinstance(error, FedmergeError | OSError) and not isinstance(error, ModelError)
+        if told or not own:
+            raise
+        kind = "" if isinstance(error, ModelError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{method}{where}: {kind}{' '.join(str(error).split())}") from error

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, blaming, did_you_mean
 from ..values import describe_type, read_value
 from .apfl import APFL
 from .apple import APPLE
@@ -73,7 +73,8 @@ def make_method(text: str) -> Algorithm:
     A name with a dot is a class of the caller's own, imported: "my_methods.FedAvgM:beta=0.9".
 
     Raises:
-        ConfigError: an unknown name or key, or a value that does not fit.
+        ConfigError: an unknown name or key, a value that does not fit or is missing, or whatever a
+            class of the caller's own raises.
     """
     name, *pairs = text.split(":")
     kind, preset = _find(name)
@@ -92,7 +93,8 @@ def make_method(text: str) -> Algorithm:
                 f'method "{text}": there is no rule "{rule}"{did_you_mean(rule, RULES)}'
             )
         kind = RULES[rule]
-    types = typing.get_type_hints(kind)
+    with blaming(name):
+        types = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     names = [*known, "rule"] if name == "fedmerge" else known
     values: dict[str, object] = dict(preset)
@@ -105,7 +107,19 @@ def make_method(text: str) -> Algorithm:
         except ValueError:
             wanted = describe_type(types[key])
             raise ConfigError(f'method "{text}": {key} = "{value}": wanted {wanted}') from None
-    return kind(**values)
+    needed = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.init and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    for key in needed:
+        if key not in values:
+            raise ConfigError(
+                f'method "{text}": {key} has no default; write "{text}:{key}=...", or give it one '
+                "in the class"
+            )
+    with blaming(name):
+        return kind(**values)
 
 
 def _find(name: str) -> tuple[type[Algorithm], Mapping[str, object]]:

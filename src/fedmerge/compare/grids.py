@@ -30,7 +30,7 @@ def grid_points(
             written.
 
     Raises:
-        ConfigError: an unknown method or option, or a grid of more than `MOST` points.
+        ConfigError: an unknown method or option, or a grid of no points or of more than `MOST`.
     """
     from ..algorithms import make_method
 
@@ -39,6 +39,11 @@ def grid_points(
         raise ConfigError(
             f'method "{method}": its grid has {len(grid)} points, wanted at most {MOST}; keep the '
             "most promising"
+        )
+    if not all(isinstance(point, Mapping) for point in grid):
+        raise ConfigError(
+            f'method "{method}": its grid is {grid!r}, wanted points in a row; write e.g. '
+            'grid = ({"lr": 0.1},)'
         )
 
     fixed = {pair.partition("=")[0] for pair in method.split(":")[1:]}
