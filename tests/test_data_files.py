@@ -80,17 +80,18 @@ def test_csv_targets(
     [
         ([""], '"a.csv": empty, wanted a header and at least one row'),
         (["client,f,y"], "empty, wanted a header and at least one row"),
-        (["clients,f,y", "a,1,0"], 'no column "client"; did you mean "clients"'),
+        (["clients,f,y", "a,1,0"], r'"client"; did you mean "clients"\? \(or name yours as'),
         (["client,f,g", "a,1,0"], 'no column "y"; choose from client, f, g'),
         (["client,y", "a,0"], 'no feature columns besides "client" and "y"'),
         (["client,f,f,y", "a,1,1,0"], 'two columns "f", wanted one'),
         (["client,f,y", "a,1,0", "a,1"], "row 3: 2 cells, wanted 3 as in the header"),
         (["client,f,y", "a,1,0", "", "a,?,0"], 'row 4, column "f": "\\?", wanted a finite number'),
         (["client,f,y", "a,nan,0"], 'row 2, column "f": "nan", wanted a finite number'),
-        (["client,f,y", "a,,0"], 'row 2, column "f": "", wanted a finite number'),
-        (["client,f,y", "a,1,0", ",1,0"], 'row 3, column "client": empty, wanted a client'),
-        (["client,f,y", "a,1,0", "a,1,"], 'row 3, column "y": empty, wanted a target'),
-        (["client,f,y", "a,1,0.5", "a,1,o"], 'row 3, column "y": "o", wanted a finite number'),
+        (["client,f,y", "a,,0"], 'column "f": "", wanted .* "table:a.csv:standardise=true"$'),
+        (["client,f,y", "a,up,0"], '"up", wanted .* drop the row, or .* "table:a.csv:drop=f"$'),
+        (["client,f,y", "a,1,0", ",1,0"], 'column "client": empty, wanted a client; fill it in'),
+        (["client,f,y", "a,1,0", "a,1,"], 'row 3, column "y": empty, wanted a target; fill it in'),
+        (["client,f,y", "a,1,0.5", "a,1,o"], '"y": "o", wanted a finite .* or drop the row$'),
         (["client,f,y", "a,1,0", "a,1,1.0"], 'row 3, column "y": "1.0" among whole numbers; write'),
         (["client,f,y", "a,1,0", "a,1,-1"], 'row 3, column "y": label -1, wanted 0 or more'),
         (["client;f;y", "a;1;0"], "one column, 'client;f;y'; divide cells by ',' instead of ';'"),
@@ -106,6 +107,13 @@ def test_unusable_tables(
     with pytest.raises(DataError, match=message) as error:
         load_csv("a.csv")
     assert "\n" not in str(error.value)
+
+
+def test_a_column_that_is_to_be_left_out_is_named_beside_those_that_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "client,id,f,where,y", "a,x,1,up,0")
+    with pytest.raises(DataError, match=r'column "where": "up", wanted .*a\.csv:drop=id\+where"$'):
+        load_csv(path, drop=("id",))
+    assert load_csv(path, drop=("id", "where"))["a"][0].tolist() == [[1.0]]
 
 
 def test_missing_or_foreign_files(tmp_path: Path) -> None:

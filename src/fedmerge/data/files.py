@@ -75,7 +75,7 @@ def load_csv(
     columns, rows = _read_table(Path(path))
     for wanted in (client, target, *drop):
         if wanted not in columns:
-            how = "" if wanted in drop else f', or name yours as "table:{path}:client=...:y=..."'
+            how = "" if wanted in drop else f' (or name yours as "table:{path}:client=...:y=...")'
             raise DataError(f'"{path}": no column "{wanted}"{did_you_mean(wanted, columns)}{how}')
     features = [i for i, name in enumerate(columns) if name not in (client, target, *drop)]
     if not features:
@@ -86,7 +86,7 @@ def load_csv(
             [
                 math.nan
                 if missing and row[i].strip().lower() in MISSING
-                else _number(path, line, columns[i], row[i])
+                else _number(path, line, columns[i], row[i], drop)
                 for i in features
             ]
             for line, row in rows
@@ -96,7 +96,10 @@ def load_csv(
     members: dict[str, list[int]] = {}
     for i, (line, row) in enumerate(rows):
         if not row[at_client].strip():
-            raise DataError(f'"{path}", row {line}, column "{client}": empty, wanted a client')
+            raise DataError(
+                f'"{path}", row {line}, column "{client}": empty, wanted a client; fill it in or '
+                "drop the row"
+            )
         members.setdefault(row[at_client].strip(), []).append(i)
     return {name: (x[index], y[index]) for name, index in sorted(members.items())}
 
@@ -194,16 +197,25 @@ def _arff_header(file: Iterable[str]) -> list[tuple[int, list[str]]]:
     return [(number, names)]
 
 
-def _number(path: str | Path, line: int, column: str, cell: str) -> float:
+def _number(
+    path: str | Path, line: int, column: str, cell: str, drop: Sequence[str] | None = None
+) -> float:
+    """Return the number in `cell`; drop: columns left out already, None for a target's cell."""
     try:
         value = float(cell)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
+        if drop is None:
+            how = ""
+        elif cell.strip().lower() in MISSING:
+            how = f', or take empty cells for missing values with "table:{path}:standardise=true"'
+        else:
+            left_out = "+".join((*drop, column))
+            how = f', or leave the column out with "table:{path}:drop={left_out}"'
         raise DataError(
-            f'"{path}", row {line}, column "{column}": "{cell}", wanted a finite number; fill it '
-            f'in or drop the row, or take empty cells for missing values with "table:{path}:'
-            'standardise=true"'
+            f'"{path}", row {line}, column "{column}": "{cell}", wanted a finite number; mend it '
+            f"or drop the row{how}"
         )
     return value
 
@@ -212,7 +224,10 @@ def _read_targets(path: str | Path, column: str, cells: Sequence[tuple[int, str]
     texts = [cell.strip() for _, cell in cells]
     for line, cell in cells:
         if not cell.strip():
-            raise DataError(f'"{path}", row {line}, column "{column}": empty, wanted a target')
+            raise DataError(
+                f'"{path}", row {line}, column "{column}": empty, wanted a target; fill it in or '
+                "drop the row"
+            )
     if not any(_is(float, text) for text in texts):
         names = sorted(set(texts))
         return np.searchsorted(names, texts)

@@ -138,7 +138,10 @@ def _read(path: Path, client: str | None, usual: str | None) -> tuple[list[Row],
         # Quotes are part of a text, and a text may be long: this is not csv's format.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise DataError(f'"{path}": cannot be read ({error})') from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; give a .tsv or .txt file, or a "
+            "folder of them"
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(f'"{path}": not readable as UTF-8 text ({error}); save it so') from None
     table = [(i, line.split("\t")) for i, line in enumerate(lines, start=1) if line.strip()]
