@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from scipy import stats
 from fedmerge.errors import ConfigError, MissingExtraError
 from fedmerge.report import figures
 from fedmerge.report.clients import separated
-from fedmerge.report.drawing import INK, PALETTE, SURFACE, apart, night, spread
+from fedmerge.report.drawing import INK, PALETTE, SURFACE, apart, drawing, night, spread
 from fedmerge.report.figures import LabelCounts, method_styles, row_order, to_svg
 from fedmerge.report.heatmap import families
 from fedmerge.report.overall import duels, overviews, ranking, regrets
@@ -611,6 +612,24 @@ def test_saved_files_repeat_to_the_byte(runs: list[Run], tmp_path: Path, ending:
 def test_an_unknown_ending_is_an_error(runs: list[Run], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r'got ending ".gif", wanted .png, .svg or .pdf'):
         figures.save(figures.method_dots(runs), tmp_path / "x.gif")
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_letters_that_the_font_lacks_are_not_warned_of_one_by_one(
+    tmp_path: Path, ending: str
+) -> None:
+    rows = [LabelCounts("北京", "東京", [1, 1]), LabelCounts("서울", "東京", [1, 1])]
+    figure = figures.data_split(rows, "上海")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.save(figure, tmp_path / f"a.{ending}")
+        assert "上海" in to_svg(figure)
+
+
+def test_other_warnings_are_seen_while_drawing() -> None:
+    for text in ("Glyph", "missing from font(s) DejaVu Sans", "Tight layout not applied"):
+        with pytest.warns(UserWarning, match=re.escape(text)), drawing():
+            warnings.warn(text, stacklevel=1)
 
 
 def test_settings_of_matplotlib_are_left_as_they_were(runs: list[Run]) -> None:

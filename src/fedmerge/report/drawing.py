@@ -5,6 +5,7 @@ It knows colours, fonts and files; what is drawn is decided in `figures` and `he
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -134,7 +135,9 @@ def drawing() -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError("report") from error
     settings: Any = dict(_RC)  # matplotlib types its keys as a list of literals
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Of every letter of a Chinese name; the page is shown in fonts of its reader's.
+        warnings.filterwarnings("ignore", r"Glyph \d+ \(.*\) missing from ", UserWarning)
         yield
 
 
