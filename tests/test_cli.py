@@ -116,6 +116,15 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path) -> Non
     assert "cannot be written (Not a directory); choose another folder" in errors[0]
 
 
+def test_a_run_in_the_folder_of_a_comparison_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text("{}")
+    result = call("run", *TINY, "--out", tmp_path, "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert f"--out {tmp_path} holds a comparison, wanted a run or nothing" in result.stderr
+    assert "choose another folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
+
+
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("run", *LONG, "--rounds", "40", "--out", out, "--checkpoint-seconds", "0")

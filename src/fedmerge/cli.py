@@ -16,7 +16,7 @@ import typer
 
 from .config import RunConfig, load_config
 from .deploy.command import deploy, status
-from .errors import ConfigError, blaming
+from .errors import ConfigError, StateError, blaming
 from .lines import OneLine, StoppedError
 
 if TYPE_CHECKING:
@@ -139,6 +139,11 @@ def run(
 
         spent = Profile()
         if out is not None:
+            if (out / folder.COMPARISON).exists():  # no report would show a run beside it
+                raise StateError(
+                    f"--out {out} holds a comparison, wanted a run or nothing; choose "
+                    "another folder"
+                )
             folder.check_writable(out)
             folder.check_config(out, settings.model_dump(mode="json"))
             if folder.read_result(out) is not None:
