@@ -348,7 +348,12 @@ def test_the_commands(state: Path, tmp_path: Path) -> None:
     assert "WRONG" in checked.stdout
     reported = fedmerge("report", str(state))
     assert reported.returncode == 0, reported.stderr
-    assert (state / "report.html").stat().st_size > 10_000
+    page = (state / "report.html").read_text()
+    assert len(page) > 10_000
+    assert "comes from <code>result.json</code> and <code>log.jsonl</code> beside it" in page
+    (state / "result.json").unlink()
+    unevaluated = fedmerge("report", str(state))
+    assert "the server has evaluated no round yet; wait" in " ".join(unevaluated.stderr.split())
 
 
 def test_expired_is_said_with_its_day(app: Path) -> None:

@@ -80,6 +80,22 @@ def test_a_certificate_that_is_not_good_is_named(
         start(port, ca / "ca.crt")
 
 
+def test_a_site_without_tls_is_told_that_the_server_has_it(tmp_path: Path) -> None:
+    given = ["--insecure", "--port", str(free_port()), "--superlink"]
+    with server(credentials(tmp_path)) as port, pytest.raises(ConfigError, match="speaks TLS: giv"):
+        check_node([*given, f"127.0.0.1:{port}"])
+    with server(None) as port:
+        check_node([*given, f"127.0.0.1:{port}"])
+    check_node([*given, f"127.0.0.1:{free_port()}"])
+
+
+@pytest.mark.parametrize("name", ["site.key.pub", "ca.crt", "server.key"])
+def test_what_is_no_key_of_a_site_is_named(tmp_path: Path, name: str) -> None:
+    path = credentials(tmp_path) / name
+    with pytest.raises(ConfigError, match="holds no private key of a site: wanted its own SITE"):
+        start(free_port(), tmp_path / "ca.crt", "--auth-supernode-private-key", str(path))
+
+
 def test_ports_and_files(tmp_path: Path) -> None:
     good = credentials(tmp_path)
     with server(None) as port, pytest.raises(ConfigError, match="does not speak TLS"):

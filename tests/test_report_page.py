@@ -176,7 +176,7 @@ def test_a_page_too_large_leaves_parts_out_and_says_so(
         monkeypatch.setattr(fit, "LIMIT", limit)
         # A copy, as what is left out is taken from the content itself.
         fresh = copy.deepcopy(content)
-        monkeypatch.setattr("fedmerge.report.page.page_content", lambda *_, c=fresh: c)
+        monkeypatch.setattr("fedmerge.report.page.page_content", lambda *_, c=fresh, **__: c)
         small = write_report(folder).read_text(encoding="utf-8")
         assert len(small.encode()) <= limit
         assert "this page leaves out what each model is worth" in small
@@ -229,7 +229,7 @@ def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
     joined = " ".join(Page(write_report(tmp_path).read_text()).words)
     assert "1 run is not finished and not shown: digits--domain--fedavg--s1." in joined
     assert "1 missing: fedavg in domain (seed 1)." in joined
-    assert "Updates were refused in fedmerge in domain, seed 1: 2 stale." in joined
+    assert "Updates were refused: of fedmerge, 2 stale in 1 of 2 runs (domain)." in joined
 
 
 def test_one_method_one_setting_one_seed_make_a_page(tmp_path: Path) -> None:

@@ -52,9 +52,46 @@ def check_node(arguments: Sequence[str]) -> None:
                 f"{path} cannot be read ({error.strerror}): wanted the file that was made for this "
                 "site, or that the federation's operator gave"
             ) from error
+    if given.auth_supernode_private_key is not None:
+        _check_key(given.auth_supernode_private_key)
     host, _, port = given.superlink.rpartition(":")
-    if given.root_certificates is not None and not given.insecure and port.isdecimal():
+    if not port.isdecimal():
+        return
+    if given.insecure:
+        _check_plain(host.strip("[]"), int(port))
+    elif given.root_certificates is not None:
         _check_server(host.strip("[]"), int(port), given.root_certificates)
+
+
+def _check_key(path: Path) -> None:
+    """Read it as Flower will."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    try:
+        found = isinstance(load_ssh_private_key(path.read_bytes(), None), EllipticCurvePrivateKey)
+    except Exception:  # the library has many for what is no key
+        found = False
+    if not found:
+        raise ConfigError(
+            f"{path} holds no private key of a site: wanted its own SITE.key (from "
+            "make_credentials.py, or ssh-keygen -t ecdsa -b 384), without a password"
+        )
+
+
+def _check_plain(host: str, port: int) -> None:
+    """A SuperNode without TLS would knock at a server with TLS for ever, and say nothing."""
+    any_server = ssl.create_default_context()
+    any_server.check_hostname = False
+    any_server.verify_mode = ssl.CERT_NONE
+    try:
+        with socket.create_connection((host, port), SECONDS) as call:
+            any_server.wrap_socket(call, server_hostname=host).close()
+    except (OSError, UnicodeError, OverflowError, ValueError):
+        return  # no TLS, as wanted, or no answer
+    raise ConfigError(
+        f"{host}:{port} speaks TLS: give --root-certificates with its ca.crt in place of --insecure"
+    )
 
 
 def _check_server(host: str, port: int, root: Path) -> None:

@@ -55,6 +55,11 @@ def check_format(folder: Path) -> dict[str, Any]:
 
 def no_run(folder: Path) -> StateError:
     """The error for a folder without a finished run."""
+    if (folder / "status.json").is_file():
+        return StateError(
+            f"{folder}: the server has evaluated no round yet; wait for the end of the next one, "
+            "and if fedmerge.evaluate_every is 0, set it"
+        )
     return StateError(
         f"{folder}: no finished run (no result.json in it, nor in its runs/*/); "
         "run `fedmerge compare --out` with this folder first"

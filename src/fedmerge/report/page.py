@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    content = page_content(runs, unfinished(folder))
+    content = page_content(runs, unfinished(folder), lone=not (folder / "runs").is_dir())
     page = fitted(environment.get_template("page.html").render, content).lstrip()
     path = folder / "report.html"
     try:
@@ -98,8 +98,10 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def page_content(runs: Sequence[Run], open_runs: Sequence[str]) -> dict[str, Any]:
-    """Return everything the template shows."""
+def page_content(
+    runs: Sequence[Run], open_runs: Sequence[str], *, lone: bool = False
+) -> dict[str, Any]:
+    """Return everything the template shows; `lone` for the folder of one run or server."""
     sums = totals(runs)
     methods = unique([*sums.ranking.means, *(run.method for run in runs)])  # the best first
     styles = method_styles(methods)
@@ -110,6 +112,7 @@ def page_content(runs: Sequence[Run], open_runs: Sequence[str]) -> dict[str, Any
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     groups = _groups(runs)
     return {
+        "lone": lone,
         "findings": findings(runs),
         "totals": sums,
         "facts": facts(runs),
