@@ -6,6 +6,7 @@ What each method does with the updates is tested in `test_algorithms` and `test_
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -521,6 +522,45 @@ def test_parts_of_another_length_than_the_tickets_are_refused_whole() -> None:
     with pytest.raises(ModelError, match="2 tickets"):
         soup.fold(short)
     assert soup.fold(good) == []
+
+
+@pytest.mark.parametrize("part", ["delta", "n_examples", "steps", "lr", "extra"])
+def test_a_part_that_is_no_tensor_of_rows_is_told_in_a_line(part: str) -> None:
+    soup = make_soup()
+    good = make_updates(soup.send(("a", "b")), made_delta(soup, 2, 1))
+    for given, told in (([1, 2], "a list"), (torch.tensor(3), "a single number")):
+        name, value = ("gain", {"gain": given}) if part == "extra" else (part, given)
+        with pytest.raises(ModelError, match=f"^{name} of the updates is {told}: wanted a tensor"):
+            soup.fold(replace(good, **{part: value}))
+    assert soup.fold(good) == []
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_updates_count_by_their_values_whatever_graph_they_carry(
+    method: str, ordered: bool
+) -> None:
+    made = []
+    for graph in (False, True):
+        soup = Soup(make_method(method), net(), ordered=ordered)
+        sent = soup.send(("a", "b", "c", "d"))
+        shape = soup.algorithm.update_shape(soup.setup.layout)
+        extra = {
+            "choice": torch.zeros(4, dtype=torch.int64),
+            "membership": torch.full((4, 4), 0.25).requires_grad_(graph),
+            "gain": normal(0, 4, 5).requires_grad_(graph),
+        }
+        delta = normal(1, 4, *shape).requires_grad_(graph)
+        lr = torch.full((4,), 0.1, dtype=torch.float64).requires_grad_(graph)
+        updates = make_updates(sent, delta * 1.0, lr=lr * 1.0, extra=extra)
+        refusals = [soup.fold(updates.take(places)) for places in ([0], [1, 2, 3])]
+        assert updates.delta.requires_grad is graph
+        committed = soup.commit()
+        tensors = soup_tensors(soup)
+        assert not any(tensor.requires_grad for tensor in tensors.values())
+        made.append((refusals, committed, tensors))
+    assert made[0][:2] == made[1][:2]
+    assert equal(made[0][2], made[1][2])
 
 
 def test_an_abandoned_round_can_be_played_again() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import kernels
 from .algorithms import Algorithm, Fold, Setup, Tensors, Ticket, Updates
-from .errors import ConfigError, StateError
+from .errors import ConfigError, ModelError, StateError
 from .params import Blocks, Layout, ModelSource, build
 from .roster import Roster
 from .safety import Reason, Safety
@@ -232,8 +232,9 @@ class Soup:
         others are counted and change nothing.
 
         Raises:
-            ModelError: a stack whose parts are not of one length.
+            ModelError: a stack whose parts are not tensors, or not of one length.
         """
+        updates = _values(updates)
         refusals: list[Refusal] = []
         taken: list[int] = []
         # One by one: to refuse an update may set its client aside.
@@ -403,6 +404,24 @@ def _check_names(where: str, what: str, found: Collection[str], wanted: Collecti
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _values(updates: Updates) -> Updates:
+    """The updates without gradient graphs, which the sum of a round must not take over; no copy.
+
+    Raises:
+        ModelError: a part that is not a tensor with a row for each client.
+    """
+    parts = {name: getattr(updates, name) for name in ("delta", "n_examples", "steps", "lr")}
+    for name, part in (*parts.items(), *updates.extra.items()):
+        if not isinstance(part, Tensor) or not part.ndim:
+            given = "a single number" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            raise ModelError(
+                f"{name} of the updates is {given}: wanted a tensor with a row for each client"
+            )
+    parts = {name: part.detach() for name, part in parts.items()}
+    extra = {name: part.detach() for name, part in updates.extra.items()}
+    return Updates(updates.tickets, **parts, extra=extra)
 
 
 def _copied(updates: Updates, places: Sequence[int]) -> Updates:
