@@ -6,6 +6,7 @@ What each method does with the updates is tested in `test_algorithms` and `test_
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,18 @@ def test_rows_are_in_the_order_asked_for_and_copies() -> None:
         soup.rows(("a", "q"))
 
 
+@pytest.mark.parametrize("call", ["join", "send", "used", "tickets", "rows", "weights"])
+def test_a_text_is_not_taken_for_a_list_of_clients(call: str) -> None:
+    soup = make_soup()
+    soup.send(("a", "b"))
+    told = 'clients = "ab": wanted a list of client names, e.g. ["ab"]'
+    with pytest.raises(ConfigError, match=f"^{re.escape(told)}$"):
+        getattr(soup, call)("ab")
+    with pytest.raises(ConfigError, match="wanted a list of client names"):
+        getattr(soup, call)("")
+    assert soup.clients == ("a", "b")
+
+
 def test_sending_changes_nothing() -> None:
     soup = make_soup()
     play(soup, COHORTS)
@@ -384,7 +397,7 @@ def test_save_load_and_go_on_is_the_same_to_the_bit(method: Any, tmp_path: Path)
     play(whole, COHORTS, seed=0)
     half = Soup(method, net())
     play(half, COHORTS[:1], seed=0)
-    half.fold(changed(make_updates(half.send("a"), made_delta(half, 1, 0)), 0, steps=0))
+    half.fold(changed(make_updates(half.send(("a",)), made_delta(half, 1, 0)), 0, steps=0))
     half.save(tmp_path)
     play(half, COHORTS, seed=7)  # what happens after a save does not change it
     loaded = Soup.open(tmp_path, method, net())

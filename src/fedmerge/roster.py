@@ -57,7 +57,8 @@ class Roster:
         return {name: table[:n] for name, table in self._held.items()}
 
     def join(self, clients: Iterable[str]) -> None:
-        """Take in clients; known ones stay as they are."""
+        """Take in clients; known ones stay as they are. Raises ConfigError for a text."""
+        need_list(clients)
         new = [c for c in dict.fromkeys(clients) if c not in self._places]
         if not new:
             return
@@ -73,7 +74,8 @@ class Roster:
         self._places.update(zip(new, range(first, first + len(new)), strict=True))
 
     def at(self, clients: Sequence[str]) -> Tensor:
-        """(k,) int64 places of clients. Raises ConfigError for one that never joined."""
+        """(k,) int64 places of clients. Raises ConfigError for a text, or one that never joined."""
+        need_list(clients)
         places = [self._places.get(c, -1) for c in clients]
         if -1 in places:
             raise ConfigError(
@@ -95,6 +97,14 @@ class Roster:
         at = self.at(clients)
         for name, values in rows.items():
             self._held[name][at] = values
+
+
+def need_list(clients: Iterable[str]) -> None:
+    """Raise ConfigError for a text in place of a list of names: its letters are no clients."""
+    if isinstance(clients, str):
+        raise ConfigError(
+            f'clients = "{clients}": wanted a list of client names, e.g. ["{clients}"]'
+        )
 
 
 def _grown(table: Tensor, used: int, wanted: int) -> Tensor:

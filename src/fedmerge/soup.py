@@ -180,7 +180,11 @@ class Soup:
         return kernels.name(self.setup.layout.size)
 
     def join(self, clients: Iterable[str]) -> None:
-        """Take in clients, at any round; known ones stay as they are."""
+        """Take in clients, at any round; known ones stay as they are.
+
+        Raises:
+            ConfigError: a text in place of a list of names.
+        """
         self._roster.join(clients)
 
     def rows(self, clients: Sequence[str]) -> Tensors:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .algorithms import Algorithm, Setup, Tensors, Ticket, Updates
 from .errors import ModelError
 from .merging import finite_rows
-from .roster import Roster
+from .roster import Roster, need_list
 from .safety import Reason, Safety
 
 
@@ -56,6 +56,7 @@ class Tickets:
 
     def give(self, clients: Sequence[str], rows: Tensors | None = None) -> tuple[Ticket, ...]:
         """Those of `clients`. rows: what `send` reads of theirs, if at hand."""
+        need_list(clients)
         self._name(clients, rows)
         return tuple(Ticket(c, self._version, self._digests[c]) for c in clients)
 
