@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,10 +103,43 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         merge(models, normal(1, 2, 4))
     with pytest.raises(ModelError, match="need segments"):
         merge(models, normal(1, 2, 2, 3))
-    with pytest.raises(ModelError, match=r"more blocks than the rows have \(2\)"):
-        merge(models, normal(1, 2, 2, 3), ((0, 10, 2),))
-    with pytest.raises(ModelError, match="segments cover 8 of 10 columns"):
-        merge(models, normal(1, 2, 2, 3), SEGMENTS[:2])
+
+
+@pytest.mark.parametrize(
+    ("segments", "told"),
+    [
+        (((0, 10, 2),), "segments name block 2: the rows have 2, from 0"),
+        (((0, 4, 0), (4, 10, -1)), "segments name block -1: the rows have 2, from 0"),
+        ((), "segments cover 0 of 10 columns"),
+        (SEGMENTS[:2], "segments cover 8 of 10 columns"),
+        (((0, 12, 0),), "segments cover 12 of 10 columns"),
+        (((0, 5, 0), (0, 5, 1)), "segment 0 to 5 where column 5 is next: wanted each"),
+        (((0, 6, 0), (4, 8, 1)), "segment 4 to 8 where column 6 is next"),
+        (((0, 4, 0), (6, 12, 1)), "segment 6 to 12 where column 4 is next"),
+        (((0, 5, 0), (5, 3, 1), (3, 10, 0)), "segment 3 to 10 where column 5 is next"),
+        (((-2, 8, 0),), "segment -2 to 8 where column 0 is next"),
+    ],
+)
+def test_segments_that_are_not_one_for_each_column_are_refused(segments: Any, told: str) -> None:
+    with pytest.raises(ModelError, match=f"^{told}"):
+        merge(normal(0, 3, 10), normal(1, 2, 2, 3), segments)
+
+
+def test_segments_may_come_in_any_order_and_be_empty() -> None:
+    models, logits = normal(0, 3, 10), normal(1, 2, 2, 3)
+    mixed = (*SEGMENTS[::-1], (3, 3, 1), (10, 10, 0))
+    merged = merge(models, logits, SEGMENTS)
+    assert torch.equal(merge(models, logits, mixed), merged)
+    assert torch.equal(merge(models, logits, np.array(mixed)), merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_only_floating_numbers_are_merged(dtype: torch.dtype) -> None:
+    models, logits = normal(0, 2, 3), normal(1, 3, 2)
+    with pytest.raises(ModelError, match=f"^models of dtype {dtype}: wanted a floating one"):
+        merge(models.to(dtype), logits)
+    with pytest.raises(ModelError, match=f"^logits of dtype {dtype}: wanted a floating one"):
+        merge(models, logits.to(dtype))
 
 
 # -- gradients ------------------------------------------------------------------------------------

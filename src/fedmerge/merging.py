@@ -11,6 +11,7 @@ needs, since <delta_i, models_j - merged_i> = scores_ij - sum_j weights_ij score
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -43,8 +44,13 @@ def merge(models: Tensor, logits: Tensor, segments: Segments | None = None) -> T
         (k, P) in the dtype of `models`.
 
     Raises:
-        ModelError: shapes that do not fit.
+        ModelError: shapes, dtypes or segments that do not fit.
     """
+    for name, rows in (("models", models), ("logits", logits)):
+        if not rows.is_floating_point():
+            raise ModelError(
+                f"{name} of dtype {rows.dtype}: wanted a floating one, e.g. {name}.float()"
+            )
     return merge_weighted(models, merging_weights(logits), segments)
 
 
@@ -73,13 +79,7 @@ def merge_weighted(
         weights, segments = weights.reshape(-1, 1, models.shape[0]), ((0, models.shape[1], 0),)
     if segments is None:
         raise ModelError("rows with blocks need segments: pass segments=layout.segments")
-    if max(block for _, _, block in segments) >= weights.shape[1]:
-        raise ModelError(f"segments name more blocks than the rows have ({weights.shape[1]})")
-    covered = sum(stop - start for start, stop, _ in segments)
-    if covered != models.shape[1]:
-        raise ModelError(
-            f"segments cover {covered} of {models.shape[1]} columns; pass segments=layout.segments"
-        )
+    _check_segments(segments, models.shape[1], weights.shape[1])
     shape = (len(weights), models.shape[1])
     if out is not None and (out.shape != shape or out.dtype != dtype):
         raise ModelError(f"out is {tuple(out.shape)} of {out.dtype}: wanted {shape} of {dtype}")
@@ -100,6 +100,22 @@ def merge_weighted(
         else:
             torch.mm(weights[:, block], own, out=merged[:, start:stop])
     return merged
+
+
+def _check_segments(segments: Segments, size: int, blocks: int) -> None:
+    """Raise ModelError unless each of `size` columns is in one segment, of one of the blocks."""
+    end = 0
+    for start, stop, block in sorted(segments, key=itemgetter(0, 1)):
+        if not 0 <= block < blocks:
+            raise ModelError(f"segments name block {block}: the rows have {blocks}, from 0")
+        if start != end or stop < start:
+            raise ModelError(
+                f"segment {start} to {stop} where column {end} is next: wanted each column once; "
+                "pass segments=layout.segments"
+            )
+        end = stop
+    if end != size:
+        raise ModelError(f"segments cover {end} of {size} columns; pass segments=layout.segments")
 
 
 def merge_rows(
