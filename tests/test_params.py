@@ -209,6 +209,17 @@ def test_a_module_of_another_architecture_is_refused(call: str) -> None:
         use(nn.Sequential(*net(hidden=4)(), nn.Linear(3, 3)))
 
 
+@pytest.mark.parametrize("call", ["load", "bind"])
+def test_several_rows_are_not_taken_for_one(call: str) -> None:
+    module = net()()
+    layout = Layout.of(module)
+    row = layout.row(module)
+    for rows in (row[None], torch.stack([row, row]), row[0]):
+        with pytest.raises(ModelError, match=r"^a row of shape \(.*\), wanted \(\d+,\): take one"):
+            getattr(layout, call)(module, rows + 1)
+    assert torch.equal(layout.row(module), row)
+
+
 def test_the_fingerprint_tells_architectures_blocks_and_dtypes_apart() -> None:
     prints = [
         Layout.of(net()()).fingerprint,

@@ -172,7 +172,7 @@ class Layout:
         Training the module then writes into `row`. Counters are copied in; `collect` brings them
         back.
         """
-        self.check(row)
+        self._check_one(row)
         self.check_module(module)
         for e in self.entries:
             part = row[e.start : e.stop].view(e.shape)
@@ -198,7 +198,7 @@ class Layout:
 
     def load(self, module: nn.Module, row: Tensor) -> None:
         """Copy `row` (size,) into `module`, which keeps its own memory."""
-        self.check(row)
+        self._check_one(row)
         self.check_module(module)
         held = self._held(module)
         with torch.no_grad():
@@ -228,6 +228,13 @@ class Layout:
                 f"a row has {rows.shape[-1]} numbers of {rows.dtype}, "
                 f"wanted {self.size} of {self.dtype}: is it of another model?"
             )
+
+    def _check_one(self, row: Tensor) -> None:
+        if row.ndim != 1:
+            raise ModelError(
+                f"a row of shape {tuple(row.shape)}, wanted ({self.size},): take one, e.g. rows[0]"
+            )
+        self.check(row)
 
     def check_module(self, module: nn.Module) -> None:
         """Raise ModelError if `module` is not of the architecture that was laid out."""
