@@ -104,12 +104,21 @@ def to_tensors(
 ) -> tuple[dict[str, tuple[Inputs, Tensor]], Task, int]:
     """Return the examples of each client as the tensors of a `Split`, the task and n_outputs.
 
-    Raises DataError where they are not numbers, or clients differ in shape or kind of target.
+    Raises DataError where they are no pairs, or not numbers, or clients differ in shape or kind of
+    target.
     """
     if not isinstance(clients, Mapping):
         clients = dict(zip(client_ids(len(clients)), clients, strict=True))
     tensors: dict[str, tuple[Inputs, Tensor]] = {}
-    for client, (x, y) in clients.items():
+    for client, examples in clients.items():
+        # Not any two of something: a tensor of two rows is no pair.
+        if not isinstance(examples, Sequence) or len(examples) != 2:
+            many = f" of {len(examples)}" if isinstance(examples, Sequence) else ""
+            raise DataError(
+                f'client "{client}": a {type(examples).__name__}{many}, wanted a pair (x, y) of '
+                "inputs and targets"
+            )
+        x, y = examples
         tensors[client] = _inputs(client, x), _targets(client, y)
         _check_pair(client, *tensors[client], *next(iter(tensors.items())))
     if not tensors:
