@@ -383,6 +383,45 @@ def test_a_text_that_names_nothing_is_told_in_one_line(text: str, message: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        ("fedmerge", {"d": 2.5}, "fedmerge: d = 2.5: wanted a whole number"),
+        ("fedmerge", {"d": True}, "fedmerge: d = True: wanted a whole number"),
+        ("fedmerge", {"d": "3"}, 'fedmerge: d = "3": wanted a whole number'),
+        ("fedmerge", {"peers": None}, "fedmerge: peers = None: wanted a whole number"),
+        # 0 would not be False.
+        ("fedmerge", {"leave_one_out": 0}, "leave_one_out = 0: wanted true or false"),
+        ("fedprox", {"mu": "big"}, 'fedprox: mu = "big": wanted a number'),
+        ("apfl", {"alpha": "half"}, 'apfl: alpha = "half": wanted a number'),
+        ("fedbabu", {"part": 1}, "fedbabu: part = 1: wanted a text"),
+    ],
+)
+def test_an_option_of_another_type_is_told_in_one_line(
+    kind: str, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{told}$"):
+        METHODS[kind][0](**options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_every_method_is_held_against_its_type(name: str) -> None:
+    kind = METHODS[name][0]
+    for option in dataclasses.fields(kind):
+        with pytest.raises(ConfigError, match=rf"{option.name} = \[\]: wanted "):
+            kind(**{option.name: []})
+
+
+def test_a_type_that_only_type_checkers_know_is_not_looked_at() -> None:
+    @dataclass(frozen=True)
+    class Mine(FedProx):
+        other: Unknown = 3  # type: ignore[name-defined]  # noqa: F821
+
+    assert Mine(other="x").other == "x"
+    with pytest.raises(ConfigError, match="mu = -1: wanted 0 or more"):
+        Mine(mu=-1)
+
+
 def test_the_number_of_models_fits_the_number_of_clients() -> None:
     assert FedMerge().resolve(40).d == 12
     assert FedMerge().resolve(7).d == 7

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
+import numpy as np
 import pytest
 
-from fedmerge.values import describe_type, read_value
+from fedmerge.values import describe_type, is_value, read_value
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,29 @@ def test_what_does_not_fit_is_refused_and_can_be_described(
     with pytest.raises(ValueError, match=text):
         read_value(text, wanted)
     assert describe_type(wanted) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "good"),
+    [
+        (3, int, True),
+        (np.int64(3), int | None, True),
+        (None, int | None, True),
+        (None, int, False),
+        (2.0, int, False),
+        (True, int, False),
+        ("3", int, False),
+        (3, float, True),
+        (np.float32(0.5), float, True),
+        (True, float | None, False),
+        (False, bool | None, True),
+        (0, bool, False),
+        (True, int | bool, True),
+        ("x", str, True),
+        (1.5, Optional[int], False),  # noqa: UP045
+        ([1], list[int], True),
+        (1.5, list[int], True),
+    ],
+)
+def test_a_value_is_held_against_its_type(value: object, wanted: object, good: bool) -> None:
+    assert is_value(value, wanted) is good

@@ -1,4 +1,4 @@
-"""Values of options that were given as text, read by the type that takes them.
+"""Values of options, read from text and checked by the type that takes them.
 
 Where an option stands, and what an error says of it, is the caller's.
 """
@@ -6,6 +6,8 @@ Where an option stands, and what an error says of it, is the caller's.
 from __future__ import annotations
 
 import typing
+from numbers import Integral, Real
+from types import NoneType, UnionType
 
 WORDS = {"true": True, "false": False}
 
@@ -31,6 +33,21 @@ def read_value(value: str, wanted: object) -> object:
     if str in kinds:
         return value
     raise ValueError(value)
+
+
+def is_value(value: object, wanted: object) -> bool:
+    """Return whether `value` is of a type hint as `read_value` takes it, or None where that is one.
+
+    What other hints say is not looked at. A truth value is no number.
+    """
+    union = typing.get_origin(wanted) in (typing.Union, UnionType)
+    kinds = typing.get_args(wanted) if union else (wanted,)
+    known: dict[object, type] = {
+        int: Integral, float: Real, bool: bool, str: str, NoneType: NoneType,
+    }  # fmt: skip
+    if isinstance(value, bool):
+        kinds = tuple(kind for kind in kinds if kind not in (int, float))
+    return any(kind not in known or isinstance(value, known[kind]) for kind in kinds)
 
 
 def describe_type(wanted: object) -> str:

@@ -40,6 +40,7 @@ class APFL(Algorithm):
     adaptive: bool = False
 
     def __post_init__(self) -> None:
+        self._need()
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"{self.name}: alpha = {self.alpha}: wanted 0 to 1")
 

@@ -11,8 +11,9 @@ position, and none knows who runs local training.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..errors import ConfigError
 from ..local import Mixture
 from ..params import Layout
 from ..sums import ModelSum
+from ..values import describe_type, is_value
 from .trainer import Trainer
 
 Tensors = dict[str, Tensor]
@@ -193,13 +195,24 @@ class Algorithm:
         return self
 
     def _need(self, **least: float) -> None:
-        """Raise ConfigError unless each option is in [least, 1e6]; None, for a default, is."""
+        """Raise ConfigError unless all options are of their types, and these in [least, 1e6].
+
+        None, for a default, is.
+        """
+        kind: type = type(self)
+        for option, wanted in _option_types(kind).items():
+            value = getattr(self, option)
+            if not is_value(value, wanted):
+                given = f'"{value}"' if isinstance(value, str) else value
+                raise ConfigError(
+                    f"{self.name}: {option} = {given}: wanted {describe_type(wanted)}"
+                )
         for option, bound in least.items():
             value = getattr(self, option)
             if value is not None and not bound <= value <= 1e6:
-                wanted = "above 0" if 0 < bound < 1 else f"{bound:g} or more"
-                wanted += ", at most 1000000"
-                raise ConfigError(f"{self.name}: {option} = {value}: wanted {wanted}")
+                limits = "above 0" if 0 < bound < 1 else f"{bound:g} or more"
+                limits += ", at most 1000000"
+                raise ConfigError(f"{self.name}: {option} = {value}: wanted {limits}")
 
     def cost(self, setup: Setup, n_clients: int, epochs: int) -> Cost:
         """What the method costs once it is under way.
@@ -303,3 +316,12 @@ class Algorithm:
     def reach(self, rows: Tensors, version: int) -> Tensor:
         """(k,) float64: how far each client's log-weights may move in this round."""
         raise NotImplementedError
+
+
+@cache
+def _option_types(kind: type) -> dict[str, object]:
+    try:
+        types = get_type_hints(kind)
+    except NameError:  # a caller's own class may import its types for type checkers only
+        return {}
+    return {f.name: types[f.name] for f in fields(kind)}
