@@ -39,6 +39,8 @@ from fedmerge.algorithms import (
 from fedmerge.errors import ConfigError
 from fedmerge.local import Proximal
 from fedmerge.params import Layout, build
+from fedmerge.sim import Simulation
+from fedmerge.soup import Soup
 
 F64 = torch.float64
 LR = 0.25
@@ -420,6 +422,23 @@ def test_a_type_that_only_type_checkers_know_is_not_looked_at() -> None:
     assert Mine(other="x").other == "x"
     with pytest.raises(ConfigError, match="mu = -1: wanted 0 or more"):
         Mine(mu=-1)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("fedavg", '"fedavg"'),
+        (FedMerge, "the class FedMerge"),
+        (torch.nn.Linear(2, 2), "a Linear"),
+        (None, "a NoneType"),
+    ],
+)
+def test_what_is_no_method_is_told_in_one_line(given: Any, told: str) -> None:
+    wanted = rf'^algorithm is {told}: wanted a method, e.g. FedMerge\(\) or make_method\("fed'
+    with pytest.raises(ConfigError, match=wanted):
+        Soup(given, net())
+    with pytest.raises(ConfigError, match=wanted):
+        Simulation(given, make_clients(), net())
 
 
 def test_the_number_of_models_fits_the_number_of_clients() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .algorithms import Algorithm, Fold, Setup, Tensors, Ticket, Updates
+from .algorithms import Algorithm, Fold, Setup, Tensors, Ticket, Updates, check_method
 from .errors import ConfigError, ModelError, StateError
 from .params import Blocks, Layout, ModelSource, build
 from .roster import Roster
@@ -92,6 +92,7 @@ class Soup:
         storage: Kept = "model",
         models_in: Path | str | None = None,
     ) -> None:
+        check_method(algorithm)
         self.safety = safety or Safety()
         self.algorithm = self.safety.adapted(algorithm.resolve(None))
         self.ordered = ordered

@@ -15,7 +15,7 @@ from ..errors import ConfigError, blaming, did_you_mean
 from ..values import describe_type, read_value
 from .apfl import APFL
 from .apple import APPLE
-from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Ticket, Updates
+from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Ticket, Updates, check_method
 from .cfl import CFL
 from .ditto import Ditto
 from .fedala import FedALA
@@ -180,6 +180,7 @@ __all__ = [
     "Ticket",
     "Trainer",
     "Updates",
+    "check_method",
     "fine_tuned_while_it_helps",
     "make_method",
     "tune",

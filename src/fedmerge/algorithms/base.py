@@ -325,3 +325,16 @@ def _option_types(kind: type) -> dict[str, object]:
     except NameError:  # a caller's own class may import its types for type checkers only
         return {}
     return {f.name: types[f.name] for f in fields(kind)}
+
+
+def check_method(algorithm: object) -> None:
+    """Raise ConfigError for what is no method, such as the name or the class of one."""
+    if not isinstance(algorithm, Algorithm):
+        given = f"a {type(algorithm).__name__}"
+        if isinstance(algorithm, str):
+            given = f'"{algorithm}"'
+        elif isinstance(algorithm, type):
+            given = f"the class {algorithm.__name__}"
+        raise ConfigError(
+            f'algorithm is {given}: wanted a method, e.g. FedMerge() or make_method("fedmerge")'
+        )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..algorithms import Algorithm, Tensors, Ticket
+from ..algorithms import Algorithm, Tensors, Ticket, check_method
 from ..data.clients import Client, Federation, check_federation, describe, federation_of
 from ..errors import ConfigError, ModelError, did_you_mean
 from ..local import Mixture, Training
@@ -126,6 +126,7 @@ class Simulation:
         checkpoint: Path | str | None = None,
         checkpoint_seconds: float = 30.0,
     ) -> None:
+        check_method(algorithm)
         for name, good, value, wanted in (
             ("rounds", rounds >= 1, rounds, "1 or more"),
             ("participation", 0 < participation <= 1, participation, "more than 0, at most 1"),
