@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError
-from ..store import write_atomic
 
 CA = "fedmerge development CA"
 
@@ -48,6 +47,8 @@ def make_credentials(
         )
     except ImportError as error:
         raise MissingExtraError("flower") from error
+    from ..store import write_atomic  # here, as it loads torch, which a node need not yet have
+
     folder = Path(folder)
     files: dict[str, bytes] = _certificates(folder, hosts, days)
     for site in sites:
