@@ -142,10 +142,12 @@ def test_the_script_names_other_hosts_with_the_same_authority(app: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("fault", ["ca.crt", "server.key"])
+@pytest.mark.parametrize("fault", ["ca.crt", "server.key", "ca.crt ca.key"])
 def test_the_script_mends_what_does_not_fit(app: Path, fault: str) -> None:
-    make_credentials(app / "other", ["localhost"], [])
-    shutil.copy(app / "other" / fault, app / "credentials" / fault)
+    make_credentials(app / "other", ["localhost", "127.0.0.1", "server"], [])
+    script(app)
+    for name in fault.split():
+        shutil.copy(app / "other" / name, app / "credentials" / name)
     assert wrong(app)
     script(app)
     assert wrong(app) == []

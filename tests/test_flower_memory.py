@@ -129,3 +129,7 @@ def test_a_damaged_memory_is_one_line_that_names_the_file(tmp_path: Path) -> Non
     server = serve(tmp_path / "state", grid_of(tmp_path), 3, method="ditto")
     assert "remove the file" in server.progress.members["c1"].error
     assert server.soup.version == 3
+    # Another method has nothing to do with it.
+    server = serve(tmp_path / "plain", grid_of(tmp_path), 2, method="fedmerge")
+    assert server.progress.members["c1"].error == ""
+    assert server.progress.members["c1"].replies == 2

@@ -27,6 +27,7 @@ from core_fixture import ALL_METHODS
 from fedmerge import ConfigError, StateError, Training, make_method
 from fedmerge.data.clients import Client, Split
 from fedmerge.flower import ServerConfig, client_app, post, wire
+from fedmerge.flower.client import check_model
 from fedmerge.flower.folder import locked, write_operator
 from fedmerge.flower.identity import key_id
 from fedmerge.flower.server import ATTEMPTS, Server
@@ -389,6 +390,10 @@ def not_there(client: Client) -> Client:
         (with_a_gap, 'DataError: client "c0", validation split: 1 NaN or infinite values'),
         (with_label(3), "DataError: label 3, but the model has outputs for labels 0 to 2"),
         (with_label(-1), 'DataError: client "c0", training split: label -1, wanted 0 to 2'),
+        (
+            lambda client: with_label(-1)(one_class(client)),
+            'DataError: client "c0", training split: label -1, wanted 0 to 1',
+        ),
         (wider, "ModelError: the model does not take this client's inputs of shape (12,): "),
         (not_there, "DataError: the client's data cannot be read: [Errno 2] No such file"),
     ],
@@ -404,6 +409,28 @@ def test_a_client_says_in_a_line_what_is_wrong_with_its_data(
     assert "\n" not in server.progress.members["c0"].error
     assert server.soup.rows(["c1", "c2"])["count"].tolist() == [2, 2]
     assert server.progress.history[-1].metrics["merged"]["validation"]["loss"] is not None
+
+
+def test_looking_at_a_model_leaves_it_as_it_was() -> None:
+    module = nn.Sequential(nn.Dropout(0.5), network())
+    for training in (True, False):
+        module.train(training)
+        check_model(module, make_clients(1)[0])
+        assert module.training == module[0].training == training
+
+
+def test_the_shape_of_an_update_is_told(tmp_path: Path) -> None:
+    grid = grid_of(make_clients(3))
+
+    def short(message: Any, reply: Any) -> Any:
+        if message.metadata.message_type != "train":
+            return reply
+        return changed(message, reply, coded={"delta": torch.zeros(5)})
+
+    grid.nodes[100].change = short
+    server = serve(tmp_path, grid, clients=3, least=2, rounds=1)
+    assert server.progress.members["c0"].error.startswith("in round 1 it sent ")
+    assert "5" in server.progress.members["c0"].error
 
 
 def test_a_client_of_one_class_takes_part(tmp_path: Path) -> None:
@@ -485,6 +512,21 @@ def test_a_node_that_stops_in_the_middle_of_its_reply_holds_up_nobody(
     assert len(asked) == len(set(asked))  # Flower is not asked again while it waits
     goes_on.set()  # what it sends in the end is late
     assert server.soup.refused == {}
+
+
+def test_what_comes_after_its_order_has_expired_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post, "HOLD", 0.01)
+    monkeypatch.setattr(post, "TOLERANCE", 0.0)
+    grid, goes_on = grid_of(make_clients(1)), threading.Event()
+    monkeypatch.setattr(grid, "pull_messages", lambda ids: goes_on.wait(60) and [])
+    office = post.Post(grid, 9, ttl=0.1)
+    assert office.send(RecordDict(), "query", "c0", 100, 1, None)
+    assert list(office.replies()) == []
+    time.sleep(0.2)
+    ((_, _, failure),) = office.replies()
+    assert failure == post.Failure("no reply before the order expired")
+    assert office._pulls == {}
+    goes_on.set()
 
 
 def test_what_took_long_to_arrive_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

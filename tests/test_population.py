@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from core_fixture import TRAINING, equal, plain, soup_tensors
 from fedmerge.algorithms import FedMerge
 from fedmerge.data import Federation, from_tensors, make_federation
+from fedmerge.data.clients import Client, Split
 from fedmerge.data.stored import Stored, StoredSplit
 from fedmerge.errors import DataError
 from fedmerge.sim import Simulation
@@ -109,6 +111,19 @@ def test_a_run_from_files_is_the_run_from_memory(execution: str, tmp_path: Path)
     # What tells data apart is not read anew from files.
     assert lazy.result() == {**eager.result(), "examples": None}
     assert eager.result()["examples"] is not None
+
+
+def test_a_summary_tells_who_has_which_examples() -> None:
+    x, y = torch.arange(48.0).view(12, 4), torch.arange(12) % 2
+
+    def people(*bounds: int) -> dict[str, Any] | None:
+        ends = [0, *bounds, 12]
+        parts = [Split(x[a:b], y[a:b]) for a, b in pairwise(ends)]
+        return Population.of([Client("a", *parts[:3]), Client("b", *parts[3:])]).summary()
+
+    first = people(2, 4, 6, 8, 10)
+    assert first == people(2, 4, 6, 8, 10)
+    assert first != people(2, 4, 5, 8, 10)  # the same pool, another client's
 
 
 def test_a_checkpoint_goes_from_files_to_memory_and_back(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def _certificates(folder: Path, hosts: Sequence[str], days: float) -> dict[str, 
         files |= {"ca.crt": _pem(ca), "ca.key": _pem(ca_key)}
     names = [_name(host) for host in hosts]
     server, server_key = _good(folder, "server"), _key(folder / "server.key")
-    if server is not None and server_key is not None and not files:
+    if server is not None and server_key is not None:
         own = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         fits = _signed(server, ca) and server.public_key() == server_key.public_key()
         if fits and sorted(map(str, own)) == sorted(map(str, names)):

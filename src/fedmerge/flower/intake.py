@@ -81,7 +81,8 @@ class Intake:
             now.failed.add(client)
             now.refused[reason] += 1
             line = f"update of round {now.number} refused: {reason}"
-            self._progress.members[client].error = line
+            if reason != "shape":  # which shape has been said
+                self._progress.members[client].error = line
             say(f'"{self._roster.name(client)}": {line}', WARNING)
             self._tell_aside(client)
             return
