@@ -740,6 +740,9 @@ def test_examples_that_another_processor_has_rounded_are_the_same(tmp_path: Path
     with pytest.raises(StateError, match="other examples than x has now"):
         check_examples(tmp_path, {("x", "s", 0): now})
     check_examples(tmp_path, {("x", "s", 1): now})
+    write_result(run, {"examples": {"digest": "d"}})  # damaged
+    with pytest.raises(StateError, match="other examples than x has now"):
+        check_examples(tmp_path, {("x", "s", 0): now})
     write_result(run, {})  # of a version that did not keep it
     check_examples(tmp_path, {("x", "s", 0): now})
 

@@ -24,7 +24,7 @@ from flwr.app import Error, Message, RecordDict
 from torch import nn
 
 from core_fixture import ALL_METHODS
-from fedmerge import ConfigError, StateError, Training, make_method
+from fedmerge import ConfigError, ModelError, StateError, Training, make_method
 from fedmerge.data.clients import Client, Split
 from fedmerge.flower import ServerConfig, client_app, post, wire
 from fedmerge.flower.client import check_model
@@ -417,6 +417,15 @@ def test_looking_at_a_model_leaves_it_as_it_was() -> None:
         module.train(training)
         check_model(module, make_clients(1)[0])
         assert module.training == module[0].training == training
+
+
+def test_whatever_a_model_raises_is_a_line() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError
+
+    with pytest.raises(ModelError, match=r"inputs of shape \(6,\): RuntimeError$"):
+        check_model(Odd(), make_clients(1)[0])
 
 
 def test_the_shape_of_an_update_is_told(tmp_path: Path) -> None:

@@ -220,8 +220,8 @@ def check_model(module: nn.Module, client: Client) -> None:
     try:
         with torch.no_grad():
             outputs = module.eval()(x).shape[-1]
-    except (RuntimeError, IndexError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the model is the user's own, and may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"the model does not take this client's inputs of shape {tuple(x.shape[1:])}: {reason}"
         ) from error
