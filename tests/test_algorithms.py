@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import test_rivals_server
 from core_fixture import TRAINING, make_clients, net, normal, plain, run, simulate
@@ -36,10 +37,14 @@ from fedmerge.algorithms import (
     Updates,
     make_method,
 )
+from fedmerge.data import Split
+from fedmerge.engine import Engine
 from fedmerge.errors import ConfigError
 from fedmerge.local import Proximal
 from fedmerge.params import Layout, build
 from fedmerge.sim import Simulation
+from fedmerge.sim.execute import GroupTrainer
+from fedmerge.sim.population import Population
 from fedmerge.soup import Soup
 
 F64 = torch.float64
@@ -78,6 +83,10 @@ class Quadratic:
 
     def wrong(self, rows: Tensor, split: str = "train") -> Tensor:
         return torch.full((len(rows),), torch.nan)  # it predicts values
+
+    def gain(self, before: Tensor, after: Tensor, split: str = "") -> tuple[Tensor, Tensor]:
+        mean = self.loss(before) - self.loss(after)
+        return mean, torch.zeros_like(mean)
 
 
 @pytest.fixture
@@ -133,34 +142,99 @@ def test_fedavg_takes_the_mean_weighted_by_examples(setup: Setup, trainer: Quadr
 
 
 def test_fine_tuning_goes_on_as_long_as_it_helps(setup: Setup) -> None:
-    """Validation losses before and after 3, 6 and 12 epochs, and the epochs that are kept."""
+    """Validation losses before and after 3, 6 and 12 epochs, the standard error of what one has
+    lowered, what the server says of training, and the epochs that are kept."""
     nan, inf = float("nan"), float("inf")
-    clients = {
-        (2.0, 1.901, 0.1, 0.1): 0,  # too little at first: it is not tried further
-        (2.0, 1.899, 1.9, 0.1): 3,
-        (2.0, 1.899, 1.898, 1.898): 6,  # any further gain counts
-        (2.0, 1.0, 0.9, 0.8): 12,
-        (2.0, inf, 0.1, 0.1): 0,
-        (2.0, 1.0, inf, 0.1): 3,
-        (inf, 5.0, 6.0, 1.0): 3,  # it had diverged before
-        (nan, nan, nan, nan): 0,  # not known
-    }
+    clients = [
+        ((2.0, 2.1, 0.1, 0.1), 0.1, 0.0, 0),  # none at first: it is not tried further
+        ((2.0, 1.9, 1.91, 0.1), 0.09, 0.0, 3),
+        ((2.0, 1.9, 1.89, 1.89), 0.1, 0.0, 6),  # any further gain counts
+        ((2.0, 1.9, 1.89, 1.88), 0.13, 0.0, 0),  # in the end it is less than an error
+        ((2.0, 1.9, 1.89, 1.88), 0.11, 0.0, 12),
+        ((2.0, 1.9, 1.89, 1.88), 0.13, 0.02, 12),  # training helps all: .92 of it will do
+        ((2.0, 1.9, 1.89, 1.88), 0.11, -0.03, 0),  # it harms all: 1.12 of it are asked for
+        ((2.0, 1.9, 1.89, 1.88), 9.0, 0.3, 12),  # it helps so much that any gain counts
+        ((2.0, 2.1, 1.89, 1.88), 9.0, 0.3, 0),  # but no loss
+        ((2.0, inf, 0.1, 0.1), 0.1, 0.0, 0),
+        ((2.0, 1.0, inf, 0.1), 0.1, 0.0, 3),
+        ((nan, nan, nan, nan), nan, 0.0, 0),  # not known
+        ((2.0, 1.0, 0.9, 0.8), nan, 0.0, 0),  # a single example
+    ]
+    losses, errors, overall, epochs = (torch.tensor(v) for v in zip(*clients, strict=True))
     start = setup.initial(0).repeat(len(clients), 1)
-    losses = iter(torch.tensor(list(clients), dtype=F64).T)
 
     class Clients(Quadratic):
-        def loss(self, rows: Tensor, split: str = "train") -> Tensor:
+        def gain(self, before: Tensor, after: Tensor, split: str = "validation") -> Any:
             assert split == "validation"
-            return next(losses)
+            return self.reached(before) - self.reached(after), errors
+
+        def reached(self, rows: Tensor) -> Tensor:
+            # At three tenths of the run's rate.
+            ends = torch.stack([after(start, self.centre, n, 0.3 * LR) for n in (0, 3, 6, 12)])
+            stage = (ends - rows).square().sum(-1).argmin(0)
+            return losses.gather(1, stage[:, None])[:, 0]
 
     trainer = Clients(normal(1, len(clients), setup.layout.size, dtype=F64))
-    found = FedMerge(finetune=3).personal(setup, start[:, None], {}, trainer)
-    # At three tenths of the run's rate.
-    ends = (after(start, trainer.centre, epochs, 0.3 * LR) for epochs in clients.values())
-    kept = [end[i] for i, end in enumerate(ends)]
+    said = {"helped": overall.double()}
+    found = FedMerge(finetune=3).personal(setup, start[:, None], said, trainer)
+    kept = [after(start, trainer.centre, n, 0.3 * LR)[i] for i, n in enumerate(epochs.tolist())]
     close(found, torch.stack(kept))
     # Other draws each time, so that it is not the same batches again.
     assert trainer.calls == [("finetune", 3), ("finetune to 2", 3), ("finetune to 4", 6)]
+
+
+def test_a_gain_is_the_mean_over_examples_and_its_standard_error(setup: Setup) -> None:
+    clients = make_clients(4)
+    for i, n in ((1, 1), (2, 0)):
+        few = Split(clients[i].validation.x[:n], clients[i].validation.y[:n])
+        clients[i] = replace(clients[i], validation=few)
+    module = net(hidden=2)()
+    layout = Layout.of(module)
+    engine = Engine(module, layout, TRAINING.for_data(classes=True))
+    trainer = GroupTrainer(engine, Population.of(clients), [3, 1, 2, 0], 0, 1)
+    before, after = (normal(seed, 4, layout.size) for seed in (1, 2))
+    after[3] = torch.nan
+    mean, error = trainer.gain(before, after)
+    for split, found in (("validation", mean), ("train", trainer.gain(before, after, "train")[0])):
+        x, y = (getattr(getattr(clients[3], split), part) for part in "xy")
+        losses = []
+        for row in (before[0], after[0]):
+            layout.load(module, row)
+            losses.append(functional.cross_entropy(module(x), y, reduction="none").detach())
+        lower = (losses[0] - losses[1]).double()
+        torch.testing.assert_close(found[0], lower.mean(), rtol=1e-5, atol=1e-6)
+        if split == "validation":
+            wanted = lower.std() / len(lower) ** 0.5
+            torch.testing.assert_close(error[0], wanted, rtol=1e-5, atol=1e-6)
+    assert mean[1].isfinite()
+    assert error[1].isnan()
+    assert mean[2:].isnan().all()
+
+
+def test_fine_tuning_asks_for_a_standard_error_where_nothing_is_said(setup: Setup) -> None:
+    class Clients(Quadratic):
+        def gain(self, before: Tensor, after: Tensor, split: str = "") -> tuple[Tensor, Tensor]:
+            return torch.full((3,), 0.1), torch.tensor([0.09, 0.1, 0.11])
+
+    trainer = Clients(normal(1, 3, setup.layout.size, dtype=F64))
+    start = setup.initial(0).repeat(3, 1)
+    found = FedMerge(finetune=3).personal(setup, start[:, None], {}, trainer)
+    close(found[0], after(start, trainer.centre, 12, 0.3 * LR)[0])
+    assert torch.equal(found[1:], start[1:])
+
+
+def test_clients_that_fine_tune_are_told_what_training_does_for_all(
+    setup: Setup, trainer: Quadratic
+) -> None:
+    method = FedMerge(finetune=3).resolve(20)
+    shared = one_round(method, setup, trainer, method.shared(setup))[0]
+    told = method.told(shared, 5)
+    assert told.keys() == {"helped"}
+    assert torch.equal(told["helped"], shared["helped"].expand(5))
+    assert shared["helped"] > 0
+    for other in (FedMerge(), FedMerge(finetune=3, peers=0), FedMerge(finetune=3, d=1), FedAvg()):
+        resolved = other.resolve(20)
+        assert resolved.told(resolved.shared(setup), 5) == {}
 
 
 def test_fine_tuning_that_helps_nobody_ends_at_once(setup: Setup, trainer: Quadratic) -> None:

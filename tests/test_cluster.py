@@ -36,7 +36,7 @@ from fedmerge.sim.population import Population
 from fedmerge.sim.shards import Harvest, Order, Round, Shards, Tree, blocks, deal
 from fedmerge.soup import Gathered, Soup
 from test_conformance import finish, short, states
-from test_processes import CLIENTS, RAGGED, SOURCE, claimed, gone, put, same
+from test_processes import CLIENTS, RAGGED, SOURCE, Told, claimed, gone, put, same
 
 # Ray leaves its log files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -117,6 +117,16 @@ def test_every_method_gives_the_same_in_every_execution(method: str) -> None:
     for a, b in zip(one.history, other.history, strict=True):
         facts = ("cohort", "dropped", "refused", "bytes_up", "bytes_down")
         assert all(getattr(a, fact) == getattr(b, fact) for fact in facts)
+        for model, splits in a.metrics.items():
+            mean = b.metrics[model]["test"]["loss"].mean
+            assert splits["test"]["loss"].mean == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.usefixtures("kept")
+def test_what_the_server_says_beside_the_models_arrives_with_them() -> None:
+    one = finish(distributed(Told(), 2))
+    other = run(Told(), CLIENTS, **RAGGED)
+    for a, b in zip(one.history, other.history, strict=True):
         for model, splits in a.metrics.items():
             mean = b.metrics[model]["test"]["loss"].mean
             assert splits["test"]["loss"].mean == pytest.approx(mean, rel=1e-4)

@@ -838,6 +838,22 @@ def test_with_privacy_clients_do_not_say_what_their_training_did(tmp_path: Path)
     assert not any("help" in name for name in server.soup.shared)
 
 
+def test_clients_that_fine_tune_hear_what_training_does_for_all(tmp_path: Path) -> None:
+    grid = grid_of(make_clients(4))
+    server = serve(tmp_path, grid, method="fedmerge-ft:finetune=1")
+    orders = [
+        wire.read_order(message.content)
+        for message in grid.pushed
+        if message.metadata.message_type in ("train", "evaluate")
+    ]
+    last = [order.told["helped"] for order in orders if not order.train]
+    assert len(last) == 4
+    assert all(torch.equal(told, server.soup.shared["helped"]) for told in last)
+    assert server.soup.shared["helped"]
+    first = [order.told["helped"] for order in orders if order.round == 1]
+    assert first == [0.0] * 4
+
+
 def test_while_a_client_is_away_others_train_one_model_and_use_another(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

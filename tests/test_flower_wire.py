@@ -27,7 +27,19 @@ def order_of(size: int) -> wire.Order:
     codec = Codec("topk", 0.25)
     row = torch.randn(size, generator=torch.Generator().manual_seed(size))
     return wire.Order(
-        ticket, 5, 7, "fedmerge:d=2", "print", row, "whole", True, False, True, codec, "fed"
+        ticket,
+        5,
+        7,
+        "fedmerge:d=2",
+        "print",
+        row,
+        "whole",
+        True,
+        False,
+        True,
+        codec,
+        "fed",
+        {"helped": torch.tensor(-0.25, dtype=torch.float64)},
     )
 
 
@@ -58,6 +70,7 @@ def test_an_order_arrives_as_it_was_sent(size: int) -> None:
     sent = order_of(size)
     found = wire.read_order(wire.write_order(sent))
     assert torch.equal(found.message, sent.message)
+    assert found.told == sent.told
     found.message.add_(1.0)  # a client may write to it
     assert replace(found, message=sent.message) == sent
 

@@ -136,6 +136,28 @@ def test_every_method_gives_the_bits_of_one_process(method: str, workers: int) -
     assert same(made, run(short(method), CLIENTS, **RAGGED))
 
 
+@dataclass(frozen=True)
+class Told(FedAvg):
+    """Uses models as far off as the server says, for a client each: wrong if nothing arrives."""
+
+    name: ClassVar[str] = "told"
+
+    def told(self, shared: Tensors, k: int) -> Tensors:
+        return {"off": shared["models"].std().expand(k)}
+
+    def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
+        return message[:, 0] + memory["off"][:, None]
+
+
+@pytest.mark.usefixtures("kept")
+def test_what_the_server_says_beside_the_models_arrives_with_them() -> None:
+    one = run(Told(), CLIENTS, **RAGGED)
+    assert same(one, finish(distributed(Told(), 2)))
+    models = one.soup.shared["models"]
+    wanted = (models + models.std()).expand(2, -1)
+    torch.testing.assert_close(one.personal(["c00", "c07"]), wanted)
+
+
 def dropout_net() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 3))
 

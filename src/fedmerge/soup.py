@@ -230,6 +230,10 @@ class Soup:
         message = self.algorithm.used(self.setup, self.shared, rows, len(clients))
         return message.to(self.setup.layout.dtype)
 
+    def told(self, k: int) -> Tensors:
+        """What k clients are told with the models of `used`, each (k, ...)."""
+        return self.algorithm.told(self.shared, k)
+
     def fold(self, updates: Updates) -> list[Refusal]:
         """Take updates into the round, in any chunking and order; return those refused, and why.
 

@@ -259,6 +259,11 @@ class Algorithm:
         """As `send`, but to be used by the clients, not to be trained and sent back."""
         return self.send(setup, shared, rows, k)
 
+    def told(self, shared: Tensors, k: int) -> Tensors:
+        """What the server says to k clients with the models of `used`, each (k, ...): `personal`
+        has it in its `memory`."""
+        return {}
+
     def mixed(self, shared: Tensors) -> Tensor | None:
         """(d, P): the models that `used` mixes by `weights`, in methods that do."""
         return shared.get("models")

@@ -29,7 +29,7 @@ from ..rng import torch_generator
 from ..sketches import Sketch, from_units, in_units
 from ..sums import ModelSum
 from .base import Algorithm, Cost, Fold, Local, Setup, Tensors, Updates
-from .trainer import Trainer, fine_tuned_while_it_helps
+from .trainer import SURE, Trainer, fine_tuned_while_it_helps
 
 MOST_ROUNDS_MISSED = 5
 """A row that was away is stepped as if for the rounds it missed, up to this many."""
@@ -43,6 +43,9 @@ SETTLED = "settled"
 HELPED = "helped"
 """What training at the clients has done for their validation data of late, there: () float64,
 `own.recent`; where clients are asked for it."""
+DOUBT = 4.0
+"""How many standard errors more a client asks of its fine-tuning for each unit by which training
+harms all: its own validation data are few, what all clients say is known better."""
 HEADING = "heading"
 """Which way each model goes, there: (b, d, sketch), the `own.recent` of its steps."""
 AHEAD = "ahead"
@@ -79,9 +82,9 @@ class FedMerge(Algorithm):
         average: whether clients use a mean of each model over rounds where a round has few of its
             clients; trained is the model itself.
         finetune: epochs of local training before the model is used, at three tenths of the run's
-            learning rate, by clients whose validation loss they lower by a twentieth or more, and
-            up to four times as many while it falls; 0 for none. They change what is evaluated as
-            `merged`, never what is sent back.
+            learning rate and up to four times as many while the validation loss falls, by clients
+            for which it falls beyond chance; 0 for none. They change what is evaluated as `merged`,
+            never what is sent back.
     """
 
     name: ClassVar[str] = "fedmerge"
@@ -209,6 +212,10 @@ class FedMerge(Algorithm):
     def used(self, setup: Setup, shared: Tensors, rows: Tensors, k: int) -> Tensor:
         return merge_rows(self.mixed(shared), self.weights(setup, rows), setup.layout)[:, None]
 
+    def told(self, shared: Tensors, k: int) -> Tensors:
+        # Only where clients ask themselves whether to train further.
+        return {HELPED: shared[HELPED].expand(k)} if self.finetune and self._asks else {}
+
     def mixed(self, shared: Tensors) -> Tensor:
         means = shared.get(MEANS, shared["models"])
         return means if len(means) else shared["models"]
@@ -229,7 +236,9 @@ class FedMerge(Algorithm):
         return said.dtype == torch.float64 and not said.ndim and abs(said.item()) <= 1
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
-        return fine_tuned_while_it_helps(message[:, 0], self.finetune, trainer)
+        helped = memory.get(HELPED, torch.zeros(len(message), dtype=torch.float64))
+        sure = (SURE - DOUBT * helped).clamp_min(0.0)
+        return fine_tuned_while_it_helps(message[:, 0], self.finetune, trainer, sure)
 
     def _missed(self, rows: Tensors, version: int) -> Tensor:
         missed = (version - rows["last"]).clamp(1, MOST_ROUNDS_MISSED)

@@ -108,6 +108,15 @@ class Trainer(Protocol):
         For rows (k, r, P), r models of each client, (k, r, n).
         """
 
+    def gain(
+        self, before: Tensor, after: Tensor, split: str = "validation"
+    ) -> tuple[Tensor, Tensor]:
+        """By how much rows `after` (k, P) lower the loss of `before`: (k,) mean over the examples
+        of a split, and (k,) its standard error, float64.
+
+        NaN where it is not known: no examples, one only for the error, or models that diverged.
+        """
+
 
 @dataclass
 class Duty:
@@ -145,32 +154,37 @@ def fine_tuned(start: Tensor, epochs: int, trainer: Trainer) -> Tensor:
     return trainer.fit(start, epochs=epochs, purpose="finetune")[0] if epochs else start
 
 
-HELPED = 0.95
-"""Share of its validation loss that a model may keep for its fine-tuning to have helped: less would
+SURE = 1.0
+"""By how many standard errors fine-tuning has to lower a validation loss to have helped: less would
 often be chance, with some tens of examples, and choosing by chance costs more than it wins."""
 GENTLY = 0.3
 """Learning rate of fine-tuning that is to help, in those of the run: a model that is nearly right
 is to be moved a little, and a rate that suits most clients is too high for some."""
 
 
-def fine_tuned_while_it_helps(start: Tensor, epochs: int, trainer: Trainer) -> Tensor:
-    """Models (k, P) fine-tuned at the clients whose validation loss that lowers enough (`HELPED`).
+def fine_tuned_while_it_helps(
+    start: Tensor, epochs: int, trainer: Trainer, sure: float | Tensor = SURE
+) -> Tensor:
+    """Models (k, P) fine-tuned at the clients whose validation loss that lowers beyond chance.
 
-    There it goes on, to twice and to four times as many epochs, as long as the loss falls. Where it
-    does not help, the model is as it was.
+    It goes on, to twice and to four times as many epochs, as long as the loss falls, by however
+    little. Where it has not helped in the end, the model is as it was.
+
+    Args:
+        epochs: of the first stage; 0 for no fine-tuning.
+        sure: by how many standard errors, for all or (k,), the loss has to be lower.
     """
-    best = end = start
     if not epochs:
         return start
-    bar = HELPED * trainer.loss(start, "validation")
+    best = end = start
     going = torch.ones(len(start), dtype=torch.bool)
     for times, purpose in ((1, "finetune"), (1, "finetune to 2"), (2, "finetune to 4")):
-        end = trainer.fit(end, epochs=times * epochs, lr_scale=GENTLY, purpose=purpose)[0]
-        loss = trainer.loss(end, "validation")
-        # Infinite for a model that has diverged, NaN where it is not known: below nothing.
-        going = going & (loss < bar)
+        last = end
+        end = trainer.fit(last, epochs=times * epochs, lr_scale=GENTLY, purpose=purpose)[0]
+        # NaN where it is not known, or a model has diverged: that is above nothing.
+        going = going & (trainer.gain(last, end)[0] > 0)
         if not going.any():
             break
         best = torch.where(going[:, None], end, best)
-        bar = torch.where(going, loss, bar)
-    return best
+    mean, error = trainer.gain(start, best)
+    return torch.where((mean > sure * error)[:, None], best, start)

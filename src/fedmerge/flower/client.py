@@ -138,7 +138,8 @@ class Side:
         now = dict(before)
         memory = _part(before, "memory") or fresh
         message = spread(order.message, self.parts, side.setup.layout.size)
-        task = Task([0], order.round, message[None], memory)
+        told = {key: value[None] for key, value in order.told.items()}
+        task = Task([0], order.round, message[None], memory, told)
         figures: wire.Figures = {}
         if order.measure_received:
             figures |= {m: _plain(found) for m, found in side.evaluate(task).items()}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..algorithms import make_method
+from ..algorithms import Tensors, make_method
 from ..codec import cut
 from ..errors import ConfigError, FedmergeError
 from ..params import ModelSource
@@ -201,6 +201,7 @@ class Server:
             measure_own=evaluated,
             codec=self.settings.codec,
             federation=self.progress.federation,
+            told=self._told(),
         )
         now.bytes_down += order.message.nbytes
         records = wire.write_order(order)
@@ -275,9 +276,13 @@ class Server:
             self.settings.blocks,
             train=False,
             federation=self.progress.federation,
+            told=self._told(),
         )
         records = wire.write_order(order)
         self._post.send(records, "evaluate", client, node, number, ticket)
+
+    def _told(self) -> Tensors:
+        return {name: value[0] for name, value in self.soup.told(1).items()}
 
     # -- who is there ------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class Order:
         measure_own: evaluate the client's own model at the end of training.
         codec: how to send the update.
         federation: names this one among all, for what clients remember of it.
+        told: what the server says with models that are to be used, as `Algorithm.told`.
     """
 
     ticket: Ticket
@@ -57,6 +58,7 @@ class Order:
     measure_own: bool = True
     codec: Codec = field(default_factory=Codec)
     federation: str = ""
+    told: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def write_order(order: Order) -> Any:
         "keep": order.codec.keep,
         "federation": order.federation,
     }
-    return _records("order", config, {"model": {"model": order.message}})
+    return _records("order", config, {"model": {"model": order.message}, "told": order.told})
 
 
 def read_order(records: Any) -> Order:
@@ -126,6 +128,7 @@ def read_order(records: Any) -> Order:
         measure_own=config["measure-own"],
         codec=Codec(config["compression"], config["keep"]),
         federation=config["federation"],
+        told=_group(records, config, "told"),
     )
 
 

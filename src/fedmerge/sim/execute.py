@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -112,6 +112,18 @@ class GroupTrainer:
         """See `Trainer.losses`."""
         return self.engine.losses(rows, self._examples("train"))
 
+    def gain(
+        self, before: Tensor, after: Tensor, split: str = "validation"
+    ) -> tuple[Tensor, Tensor]:
+        """See `Trainer.gain`."""
+        examples = self._examples(split)
+        losses = self.engine.losses(torch.stack([before, after], dim=1), examples).double()
+        lower, n = losses[:, 0] - losses[:, 1], torch.from_numpy(examples.count)
+        mean = lower.sum(1) / n
+        real = torch.arange(lower.shape[1]) < n[:, None]
+        off = torch.where(real, lower - mean[:, None], 0.0).square().sum(1)
+        return mean, (off / (n * (n - 1))).sqrt()
+
     def measure(self, model: Tensor | Mixture) -> dict[str, Measured]:
         """How models of the clients do on each split."""
         found = self.engine.measure(model, self.population.examples(self.places, *SPLITS))
@@ -128,12 +140,14 @@ class Task:
     Attributes:
         places: of the clients in the population. round: from 1.
         message: (k, r, P), what they received. memory: what they keep.
+        told: what the server has said beside, where the models are to be used.
     """
 
     places: list[int]
     round: int
     message: Tensor
     memory: Tensors
+    told: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -209,7 +223,8 @@ class ClientSide:
     def personal(self, task: Task) -> Tensor | Mixture:
         """(k, P) or mixtures: the models that the clients would use."""
         trainer = self.trainer(task.places, task.round)
-        return self.algorithm.personal(self.setup, task.message, task.memory, trainer)
+        known = {**task.memory, **task.told}
+        return self.algorithm.personal(self.setup, task.message, known, trainer)
 
     def evaluate(self, task: Task) -> dict[str, dict[str, Measured]]:
         """How `merged` does, the model each client would use, and `tuned`, after an epoch."""

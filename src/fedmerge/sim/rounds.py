@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -348,7 +348,7 @@ class Simulation:
     def _unsent(self, places: list[int], number: int) -> Task:
         """The task of clients that are given what they would use now."""
         message = self.soup.used([self._population.ids[i] for i in places])
-        return self._task(places, number, message)
+        return replace(self._task(places, number, message), told=self.soup.told(len(places)))
 
     def personal(self, ids: Sequence[str]) -> Tensor | Mixture:
         """(k, P) or mixtures: the model that each of the clients `ids` would use now."""

@@ -7,7 +7,7 @@ the bits are the same. Who has them, and how anything gets there, is not decided
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -174,7 +174,8 @@ class Shards:
             return Task([own[order.places[i]] for i in chosen], todo.number, message, memory)
 
         if todo.measured is None:
-            found = side.evaluate(task(group, soup.used(names)))
+            unsent = task(group, soup.used(names))
+            found = side.evaluate(replace(unsent, told=soup.told(len(group))))
             harvest.found.append(([order.places[i] for i in group], found))
             return
         sent = soup.send(names)
