@@ -156,10 +156,10 @@ def test_a_folder_is_taken_in_and_a_wrong_one_refused(
         with pytest.raises(SystemExit):
             write_page([wrong], docs)
         told = capsys.readouterr().err
-        assert f'"{wrong}": wanted all or all-again or 30 or 30-again or 10 or 10-again, ' in told
+        assert f'"{wrong}": wanted all or all-again or all-third or 30 or 30-again or ' in told
 
 
-def test_two_comparisons_of_the_same_share_are_also_taken_together() -> None:
+def test_comparisons_of_the_same_share_are_also_taken_together() -> None:
     def held(score: float, seed: int) -> Standing:
         methods = {"fedmerge": score, "fedmerge-ft": score, "ditto": 0.5}
         return Standing([Result("x", "a", m, seed, s, 0.1, "") for m, s in methods.items()])
@@ -171,3 +171,7 @@ def test_two_comparisons_of_the_same_share_are_also_taken_together() -> None:
     assert names == ["| 10 %", "| 10 %, again", "| 10 %, both"]
     assert len(list(short({"all": first, "10": again}))) == 2 + 4
     assert len(list(short({"30": first, "10-again": again}))) == 2 + 4
+    third = held(0.32, 2)
+    table = [row.split(" | ") for row in short({"10": first, "10-again": again, "10-third": third})]
+    assert [row[0] for row in table[6::2]] == ["| 10 %, a third time", "| 10 %, all three"]
+    assert [row[2] for row in table[6::2]] == [".180", ".080"]

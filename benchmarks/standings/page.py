@@ -10,8 +10,8 @@ from fedmerge.report.statistics import SIGNIFICANCE
 
 from .standing import OURS, Result, Standing, score_of, worst_of
 
-AGAIN = "-again"
-"""Ends the name of a comparison that was made once more, tuned and run on other seeds."""
+TOGETHER = {2: "both", 3: "all three"}
+"""What the comparisons of one share of the clients are called together."""
 _SHARES = {
     "all": ("all", "All clients in every round"),
     "30": ("30 %", "With 30 % of the clients in a round"),
@@ -22,7 +22,8 @@ COMPARISONS = {
     for share, (shown, heading) in _SHARES.items()
     for end, once_more, on_others in (
         ("", "", ""),
-        (AGAIN, ", again", ", tuned and run on other seeds"),
+        ("-again", ", again", ", tuned and run on other seeds"),
+        ("-third", ", a third time", ", tuned and run on other seeds yet"),
     )
 }
 """How each is named in a table, and its heading."""
@@ -129,12 +130,12 @@ def short(comparisons: Mapping[str, Standing]) -> Iterator[str]:
         "worse than a rival", "better", "worst tenth behind",
     )  # fmt: skip
     shown: dict[str, Standing] = {}
-    for name, standing in comparisons.items():
-        shown[COMPARISONS[name][0]] = standing
-        first = name.removesuffix(AGAIN)
-        if first != name and first in comparisons:
-            both = [*comparisons[first].results(), *standing.results()]
-            shown[f"{COMPARISONS[first][0]}, both"] = Standing(both)
+    for share, (named, _) in _SHARES.items():
+        own = {n: one for n, one in comparisons.items() if n.partition("-")[0] == share}
+        shown |= {COMPARISONS[name][0]: one for name, one in own.items()}
+        if len(own) > 1:
+            runs = [run for one in own.values() for run in one.results()]
+            shown[f"{named}, {TOGETHER[len(own)]}"] = Standing(runs)
     for name, standing in shown.items():
         for method in OURS:
             facts, n = _Facts.of(standing, method), len(standing.accurate)
