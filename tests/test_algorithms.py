@@ -148,6 +148,7 @@ def test_fine_tuning_goes_on_as_long_as_it_helps(setup: Setup) -> None:
     clients = [
         ((2.0, 2.1, 0.1, 0.1), 0.1, 0.0, 0),  # none at first: it is not tried further
         ((2.0, 1.9, 1.91, 0.1), 0.09, 0.0, 3),
+        ((2.0, 1.9, 3.0, 3.0), 0.09, 0.0, 3),
         ((2.0, 1.9, 1.89, 1.89), 0.1, 0.0, 6),  # any further gain counts
         ((2.0, 1.9, 1.89, 1.88), 0.13, 0.0, 0),  # in the end it is less than an error
         ((2.0, 1.9, 1.89, 1.88), 0.11, 0.0, 12),

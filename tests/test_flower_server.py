@@ -838,7 +838,16 @@ def test_with_privacy_clients_do_not_say_what_their_training_did(tmp_path: Path)
     assert not any("help" in name for name in server.soup.shared)
 
 
-def test_clients_that_fine_tune_hear_what_training_does_for_all(tmp_path: Path) -> None:
+def test_clients_that_fine_tune_hear_what_training_does_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def tune(start: Any, epochs: int, trainer: Any, sure: Any) -> Any:
+        asked.append(sure)
+        return start
+
+    monkeypatch.setattr("fedmerge.algorithms.fedmerge.fine_tuned_while_it_helps", tune)
     grid = grid_of(make_clients(4))
     server = serve(tmp_path, grid, method="fedmerge-ft:finetune=1")
     orders = [
@@ -852,6 +861,7 @@ def test_clients_that_fine_tune_hear_what_training_does_for_all(tmp_path: Path) 
     assert server.soup.shared["helped"]
     first = [order.told["helped"] for order in orders if order.round == 1]
     assert first == [0.0] * 4
+    assert [sure.tolist() for sure in asked[-4:]] == [[1 - 4 * float(last[0])]] * 4
 
 
 def test_while_a_client_is_away_others_train_one_model_and_use_another(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ class FedMerge(Algorithm):
 
     def personal(self, setup: Setup, message: Tensor, memory: Tensors, trainer: Trainer) -> Tensor:
         helped = memory.get(HELPED, torch.zeros(len(message), dtype=torch.float64))
-        sure = (SURE - DOUBT * helped).clamp_min(0.0)
+        sure = SURE - DOUBT * helped  # below 0 any lower loss will do
         return fine_tuned_while_it_helps(message[:, 0], self.finetune, trainer, sure)
 
     def _missed(self, rows: Tensors, version: int) -> Tensor:
