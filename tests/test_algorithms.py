@@ -84,7 +84,7 @@ class Quadratic:
     def wrong(self, rows: Tensor, split: str = "train") -> Tensor:
         return torch.full((len(rows),), torch.nan)  # it predicts values
 
-    def gain(self, before: Tensor, after: Tensor, split: str = "") -> tuple[Tensor, Tensor]:
+    def gain(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.loss(before) - self.loss(after)
         return mean, torch.zeros_like(mean)
 
@@ -165,8 +165,7 @@ def test_fine_tuning_goes_on_as_long_as_it_helps(setup: Setup) -> None:
     start = setup.initial(0).repeat(len(clients), 1)
 
     class Clients(Quadratic):
-        def gain(self, before: Tensor, after: Tensor, split: str = "validation") -> Any:
-            assert split == "validation"
+        def gain(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
             return self.reached(before) - self.reached(after), errors
 
         def reached(self, rows: Tensor) -> Tensor:
@@ -196,17 +195,16 @@ def test_a_gain_is_the_mean_over_examples_and_its_standard_error(setup: Setup) -
     before, after = (normal(seed, 4, layout.size) for seed in (1, 2))
     after[3] = torch.nan
     mean, error = trainer.gain(before, after)
-    for split, found in (("validation", mean), ("train", trainer.gain(before, after, "train")[0])):
-        x, y = (getattr(getattr(clients[3], split), part) for part in "xy")
-        losses = []
-        for row in (before[0], after[0]):
-            layout.load(module, row)
-            losses.append(functional.cross_entropy(module(x), y, reduction="none").detach())
-        lower = (losses[0] - losses[1]).double()
-        torch.testing.assert_close(found[0], lower.mean(), rtol=1e-5, atol=1e-6)
-        if split == "validation":
-            wanted = lower.std() / len(lower) ** 0.5
-            torch.testing.assert_close(error[0], wanted, rtol=1e-5, atol=1e-6)
+    losses = []
+    for row in (before[0], after[0]):
+        layout.load(module, row)
+        out = module(clients[3].validation.x)
+        each = functional.cross_entropy(out, clients[3].validation.y, reduction="none")
+        losses.append(each.detach())
+    lower = (losses[0] - losses[1]).double()
+    torch.testing.assert_close(mean[0], lower.mean(), rtol=1e-5, atol=1e-6)
+    wanted = lower.std() / len(lower) ** 0.5
+    torch.testing.assert_close(error[0], wanted, rtol=1e-5, atol=1e-6)
     assert mean[1].isfinite()
     assert error[1].isnan()
     assert mean[2:].isnan().all()
@@ -214,7 +212,7 @@ def test_a_gain_is_the_mean_over_examples_and_its_standard_error(setup: Setup) -
 
 def test_fine_tuning_asks_for_a_standard_error_where_nothing_is_said(setup: Setup) -> None:
     class Clients(Quadratic):
-        def gain(self, before: Tensor, after: Tensor, split: str = "") -> tuple[Tensor, Tensor]:
+        def gain(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
             return torch.full((3,), 0.1), torch.tensor([0.09, 0.1, 0.11])
 
     trainer = Clients(normal(1, 3, setup.layout.size, dtype=F64))

@@ -261,7 +261,7 @@ class Algorithm:
 
     def told(self, shared: Tensors, k: int) -> Tensors:
         """What the server says to k clients with the models of `used`, each (k, ...): `personal`
-        has it in its `memory`."""
+        has it in its `memory`, so under other names than those of `memory`."""
         return {}
 
     def mixed(self, shared: Tensors) -> Tensor | None:

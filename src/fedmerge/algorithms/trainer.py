@@ -108,11 +108,9 @@ class Trainer(Protocol):
         For rows (k, r, P), r models of each client, (k, r, n).
         """
 
-    def gain(
-        self, before: Tensor, after: Tensor, split: str = "validation"
-    ) -> tuple[Tensor, Tensor]:
-        """By how much rows `after` (k, P) lower the loss of `before`: (k,) mean over the examples
-        of a split, and (k,) its standard error, float64.
+    def gain(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much rows `after` (k, P) lower the loss of `before`: (k,) mean over the validation
+        examples, and (k,) its standard error, float64.
 
         NaN where it is not known: no examples, one only for the error, or models that diverged.
         """

@@ -112,11 +112,9 @@ class GroupTrainer:
         """See `Trainer.losses`."""
         return self.engine.losses(rows, self._examples("train"))
 
-    def gain(
-        self, before: Tensor, after: Tensor, split: str = "validation"
-    ) -> tuple[Tensor, Tensor]:
+    def gain(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """See `Trainer.gain`."""
-        examples = self._examples(split)
+        examples = self._examples("validation")
         losses = self.engine.losses(torch.stack([before, after], dim=1), examples).double()
         lower, n = losses[:, 0] - losses[:, 1], torch.from_numpy(examples.count)
         mean = lower.sum(1) / n
